@@ -1,0 +1,1 @@
+"""Train, tune, evaluate and serve image-segmentation models on a Ray cluster."""

@@ -1,0 +1,106 @@
+"""A trained model on storage: a folder that needs nothing else. No pickle: loading a bundle runs no code."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from raysseg import storage
+from raysseg.models import SegModel, load_model
+from raysseg.schema import ClassMap, Task
+
+MANIFEST = "bundle.json"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the model sees it.
+
+    Attributes:
+        size: (height, width) that it is resized to; None: it is taken as it is.
+    """
+
+    size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle's manifest.
+
+    Attributes:
+        uri: its folder.
+        task: what it segments.
+        classes: what its outputs mean.
+        model: name in MODELS.
+        preprocessing: see Preprocessing.
+        metrics: by name, such as `val/miou`.
+        job: the resolved job that trained it.
+        fingerprint: of the training data.
+        versions: of the packages that wrote it.
+    """
+
+    uri: str
+    task: Task
+    classes: ClassMap
+    model: str
+    preprocessing: Preprocessing
+    metrics: dict[str, float]
+    job: dict[str, Any]
+    fingerprint: dict[str, Any]
+    versions: dict[str, str]
+
+
+def write(bundle: Bundle, model: SegModel) -> None:
+    """Publishes a bundle at its URI: weights, configuration and preprocessing first, `bundle.json` last."""
+    manifest = {key: value for key, value in asdict(bundle).items() if key != "uri"}
+    with tempfile.TemporaryDirectory(prefix="raysseg-") as folder:
+        model.save(Path(folder), bundle.preprocessing.size)
+        storage.publish_folder(Path(folder), bundle.uri, MANIFEST, manifest)
+
+
+def read(uri: str) -> Bundle:
+    """Reads a bundle's manifest.
+
+    Raises:
+        StorageError: there is no whole bundle.
+    """
+    content: dict[str, Any] = storage.read_manifest(uri, MANIFEST)
+    classes = content["classes"]
+    return Bundle(
+        uri=uri,
+        task=content["task"],
+        classes=ClassMap(
+            ids=tuple(classes["ids"]),
+            names=tuple(classes["names"]),
+            colours=tuple((int(r), int(g), int(b)) for r, g, b in classes["colours"]),
+            things=tuple(classes["things"]),
+            ignore_index=classes["ignore_index"],
+        ),
+        model=content["model"],
+        preprocessing=Preprocessing(tuple(size) if (size := content["preprocessing"]["size"]) else None),
+        metrics=content["metrics"],
+        job=content["job"],
+        fingerprint=content["fingerprint"],
+        versions=content["versions"],
+    )
+
+
+def load(bundle: Bundle) -> SegModel:
+    """The bundle's model, its files verified, on the CPU and in evaluation mode."""
+    return load_model(bundle.model, storage.fetch_folder(bundle.uri, MANIFEST), bundle.classes).eval()
+
+
+def copy(uri: str, to_uri: str) -> None:
+    """Publishes a bundle once more elsewhere, file by file and the manifest last."""
+    manifest = {key: value for key, value in storage.read_manifest(uri, MANIFEST).items() if key != "files"}
+    storage.publish_folder(storage.fetch_folder(uri, MANIFEST), to_uri, MANIFEST, manifest)
+
+
+def installed_versions() -> dict[str, str]:
+    """Of what a bundle's outputs depend on."""
+    packages = ("raysseg", "torch", "torchvision", "transformers", "numpy", "pillow")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

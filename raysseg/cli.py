@@ -1,0 +1,132 @@
+"""raysseg <verb> job.yaml [dotted.key=value ...]: reads the job first, imports the stage afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from raysseg.schema import InputError
+
+JOB_VERBS = {
+    "train": "train a model, or go on with a run that stopped",
+    "evaluate": "score a bundle, or stored predictions, over a data set",
+    "shard": "write a data set as Parquet shards",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns 0 when done, 2 for what the user can mend, 1 for a bug of ours."""
+    options = _parser().parse_args(arguments)
+    try:
+        result = _run(options)
+    except InputError as error:
+        print(f"raysseg: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("raysseg: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("raysseg: this is a bug; please report it with the lines above", file=sys.stderr)
+        return 1
+    if result is not None:
+        print(json.dumps(_jsonable(result), indent=2) if options.json else _as_text(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raysseg", description="Image segmentation on a Ray cluster.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, help_text in JOB_VERBS.items():
+        part = verbs.add_parser(verb, help=help_text)
+        part.add_argument("job", help="job file: YAML, local or s3://")
+        part.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="wins over the file")
+        part.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    example = verbs.add_parser("example", help="draw the example data set, for all three tasks")
+    example.add_argument("out", type=Path, help="folder to write")
+    example.add_argument("--train", type=int, default=160, help="training scenes (default: %(default)s)")
+    example.add_argument("--val", type=int, default=40, help="validation scenes (default: %(default)s)")
+    example.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
+    example.add_argument("--seed", type=int, default=0)
+    example.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    schema = verbs.add_parser("schema", help="print the JSON Schema of job files, for editors")
+    schema.set_defaults(json=True)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any] | None:
+    if options.verb == "schema":
+        from raysseg import config
+
+        return config.json_schema()
+    if options.verb == "example":
+        from raysseg.data.example import draw_example
+
+        draw_example(
+            options.out, num_train=options.train, num_val=options.val, size=tuple(options.size), seed=options.seed
+        )
+        return {"data": str(options.out.resolve()), "train": options.train, "val": options.val, "seed": options.seed}
+    return _run_job(options.verb, options.job, options.overrides)
+
+
+def _run_job(verb: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    from raysseg import config
+    from raysseg.runtime import log_to_stderr
+
+    job = config.load(path, overrides)
+    if job.kind != verb:
+        raise InputError(f"{path}: kind is {job.kind!r}: run it as `raysseg {job.kind} {path}`")
+    log_to_stderr()
+    result: Any
+    match job:
+        case config.TrainJob():
+            from raysseg.train import train
+
+            result = train(job)
+        case config.EvaluateJob():
+            from raysseg.evaluate import evaluate
+
+            result = evaluate(job)
+        case config.ShardJob():
+            from raysseg.shard import shard
+
+            result = shard(job)
+    return {"kind": verb, **asdict(result)}
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _jsonable(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _as_text(result: dict[str, Any]) -> str:
+    """The result for people: a table of metrics, then the rest line by line."""
+    lines = []
+    metrics: dict[str, float] = result.get("metrics", {})
+    totals = {name: value for name, value in metrics.items() if "iou/" not in name and "dice/" not in name}
+    width = max([len(name) for name in totals] + [10])
+    lines += [f"{name:{width}}  {value:.4f}" for name, value in totals.items()]
+    names = [name.rpartition("iou/")[2] for name in metrics if "iou/" in name]
+    if names:
+        prefix = next(name for name in metrics if "iou/" in name).rpartition("iou/")[0]
+        width = max(len(name) for name in [*names, "class"])
+        lines += ["", f"{'class':{width}}     IoU    Dice"]
+        for name in names:
+            scores = [metrics[f"{prefix}{kind}/{name}"] for kind in ("iou", "dice")]
+            lines.append(f"{name:{width}}  " + "  ".join("absent" if math.isnan(s) else f"{s:.4f}" for s in scores))
+    rest = {key: value for key, value in result.items() if key != "metrics" and value not in (None, [])}
+    lines += [""] * bool(metrics) + [f"{key}: {value}" for key, value in rest.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

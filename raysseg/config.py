@@ -1,0 +1,529 @@
+"""Every knob of every job: YAML and dotted overrides into frozen pydantic models. No torch, no ray."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from raysseg import storage
+from raysseg.schema import InputError, Task
+
+
+class JobError(InputError):
+    """A job file that can't be run: names the dotted key, the value received, what is allowed and the mend."""
+
+
+Uri = Annotated[str, AfterValidator(storage.absolute)]
+"""A local path (relative to where the command runs) or an s3:// or gs:// URI."""
+
+Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+"""(height, width) in pixels."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+ClassWeightScheme = Literal["inverse", "median_frequency", "effective_number"]
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+ModelName = Literal[
+    "segformer-tiny",
+    "segformer-b0",
+    "segformer-b1",
+    "segformer-b2",
+    "segformer-b3",
+    "segformer-b4",
+    "segformer-b5",
+]
+
+
+class Section(BaseModel):
+    """Part of a job: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            unknown = [key for key in value if key not in cls.model_fields]
+            if unknown:
+                raise _unknown_key(str(unknown[0]), list(cls.model_fields))
+        return value
+
+
+def _unknown_key(key: str, allowed: Sequence[str]) -> PydanticCustomError:
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    message = "there is no such key; allowed: {allowed}" + ("; did you mean `{near}`?" if near else "")
+    return PydanticCustomError(
+        "unknown_key", message, {"key": key, "allowed": ", ".join(allowed), "near": (near or [""])[0]}
+    )
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+class Source(Section):
+    """What every source of samples has."""
+
+    on_error: Literal["stop", "skip"] | None = None
+    """A sample that can't be read or used: stop the job, or skip it and list it. Default: stop."""
+
+    @property
+    def is_skipping(self) -> bool:
+        """Whether bad samples are skipped."""
+        return self.on_error == "skip"
+
+
+class MasksSource(Source):
+    """Folders of images and of masks, paired by their path below the folder less the suffix."""
+
+    format: Literal["masks"] = "masks"
+    images: Uri | None = None
+    """Folder of JPEG, PNG, TIFF or WebP images."""
+    masks: Uri | None = None
+    """Folder of PNG (palette, grey 8 or 16 bit, RGB colours of the class list), .npy or .npz masks of class ids."""
+
+    @model_validator(mode="after")
+    def _has_a_folder(self) -> Self:
+        if self.images is None and self.masks is None:
+            raise PydanticCustomError("no_folder", "names neither `images` nor `masks`; give at least one of them")
+        return self
+
+
+class ShardsSource(Source):
+    """Parquet shards that `raysseg shard` wrote."""
+
+    format: Literal["shards"]
+    uri: Uri
+    """Folder of the shards."""
+
+
+AnySource = Annotated[MasksSource | ShardsSource, Field(discriminator="format")]
+
+
+class Augment(Section):
+    """How training images are varied; image and mask move together, seeded by (seed, epoch, position)."""
+
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    """Random resize factor, log-uniform."""
+    max_class_share: Share = 0.75
+    """A crop in which one class fills more than this share of the labelled pixels is drawn again."""
+    min_object_share: Share = 0.0
+    """A crop is drawn again until it keeps this share of the area of a class other than the image's largest; 0: off."""
+    tries: Annotated[int, Field(ge=1)] = 10
+    """How often a crop is drawn at most."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    vertical_flip: Share = 0.0
+    """Probability of a vertical flip."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Degrees; uniform in [-rotation, rotation]."""
+    brightness: Share = 0.2
+    """Factor uniform in [1 - x, 1 + x]; likewise contrast and saturation."""
+    contrast: Share = 0.2
+    saturation: Share = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.02
+    """Shift uniform in [-x, x] of the colour circle."""
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise PydanticCustomError("scale", "`scale` must be [smallest, largest]")
+        return self
+
+
+class TrainData(Section):
+    """The splits, and what happens to an image before the model sees it."""
+
+    train: AnySource
+    val: AnySource
+    size: Size | None = None
+    """(height, width) that every image is resized to first, in training and prediction alike. Default: as it is."""
+    crop: Size = (512, 512)
+    """(height, width) of training crops; smaller images are padded."""
+    augment: Augment | None = Augment()
+    """null: no augmenting; the crop is then the top left corner."""
+    open_shards: Annotated[int, Field(ge=1)] = 16
+    """Row groups of shuffled shards that are open at once, and from which an epoch's order is dealt in turn."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Samples that can't be read or used: stop, or skip them and list them beside the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hand_down_on_error(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "on_error" not in value:
+            return value
+        return {
+            key: {"on_error": value["on_error"], **part}
+            if key in ("train", "val") and isinstance(part, Mapping)
+            else part
+            for key, part in value.items()
+        }
+
+
+# --- model, loss, optimiser ---------------------------------------------------------------------------------------
+
+
+class Model(Section):
+    """Which model, and the weights that it starts from."""
+
+    name: ModelName
+    weights: str | None
+    """A hub id, a local folder, an s3:// URI, or null: from scratch."""
+
+
+class Loss(Section):
+    """Weights of the loss terms; 0 turns one off."""
+
+    cross_entropy: Annotated[float, Field(ge=0)] = 1.0
+    focal: Annotated[float, Field(ge=0)] = 0.0
+    dice: Annotated[float, Field(ge=0)] = 0.0
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    class_weights: (
+        Literal["inverse", "median_frequency", "effective_number"] | tuple[Annotated[float, Field(ge=0)], ...] | None
+    ) = None
+    """One weight a class in the class list's order, or a scheme that is computed from the training masks."""
+    effective_beta: Annotated[float, Field(ge=0, lt=1)] = 0.999999
+    """The beta of `effective_number` (Cui et al. 2019); counts are pixels, hence so near to 1."""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The terms in use and their weights."""
+        return {name: weight for name in ("cross_entropy", "focal", "dice") if (weight := getattr(self, name)) > 0}
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Self:
+        if not self.terms:
+            raise PydanticCustomError("no_loss", "every term is 0; give cross_entropy, focal or dice a positive weight")
+        return self
+
+
+class Optimizer(Section):
+    """The optimiser; norms and biases carry no weight decay."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 6e-5
+    head_lr_factor: Annotated[float, Field(gt=0)] = 1.0
+    """The head's learning rate over the backbone's."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD only."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the whole gradient; null: no clipping."""
+
+
+class Schedule(Section):
+    """How long, and how the learning rate moves."""
+
+    epochs: Annotated[int, Field(ge=1)] = 50
+    warmup: Share = 0.05
+    """Share of all steps over which the learning rate rises from 0."""
+    decay: Literal["polynomial", "cosine", "none"] = "polynomial"
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """Of the polynomial."""
+
+
+class Batch(Section):
+    """Accumulation follows from these two and the number of workers."""
+
+    global_size: Annotated[int, Field(ge=1)] = 16
+    """Images an optimiser step."""
+    per_worker: Annotated[int, Field(ge=1)] = 4
+    """Images a worker's forward pass, at most."""
+
+
+class Scaling(Section):
+    """How many processes, and what each holds."""
+
+    workers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """0: in this process, without a cluster. [min, max]: elastic."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """Default: 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
+    """Reserved for a worker beside its data tasks, which take whole CPUs: some must stay free for them."""
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the job runs in this process, without Ray."""
+        return self.workers == 0
+
+
+class Checkpoint(Section):
+    """What is kept, and by which measure."""
+
+    keep: Annotated[int, Field(ge=1)] = 2
+    """The best so many checkpoints and bundles stay, and the newest checkpoint."""
+    metric: str = "val/miou"
+    mode: Literal["max", "min"] = "max"
+
+
+class S3(Section):
+    """Where the usual environment variables don't say it; no secrets here."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    anonymous: bool | None = None
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+class BaseJob(Section):
+    """What every job has."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Of the run: letters, digits, dot, dash, underscore."""
+    task: Task
+    scaling: Scaling = Scaling()
+    s3: S3 = S3()
+
+
+Classes = Uri | tuple[str, ...]
+"""A JSON file `{classes: [{id, name, colour}], ignore_index}`, or a list of names with ids 0, 1, 2, ..."""
+
+
+class TrainJob(BaseJob):
+    """One training run."""
+
+    kind: Literal["train"]
+    classes: Classes
+    data: TrainData
+    model: Model
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    batch: Batch = Batch()
+    checkpoint: Checkpoint = Checkpoint()
+    precision: Precision = "auto"
+    """auto: bf16 on GPUs that have it, else fp32."""
+    compile: bool = False
+    """torch.compile."""
+    channels_last: bool = False
+    """NHWC memory format; faster on many GPUs."""
+    seed: int = 0
+    storage: Uri
+    """The run is the folder <storage>/<name>."""
+
+    @property
+    def run_uri(self) -> str:
+        """The run's folder."""
+        return storage.join(self.storage, self.name)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_model_defaults(cls, value: Any) -> Any:
+        return _merged(_model_defaults(value.get("model")), value) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.task != "semantic":
+            raise PydanticCustomError(
+                "task", "`model.name` {name} segments semantically; set `task: semantic`", {"name": self.model.name}
+            )
+        for split in ("train", "val"):
+            source = getattr(self.data, split)
+            if isinstance(source, MasksSource) and (source.images is None or source.masks is None):
+                raise PydanticCustomError(
+                    "source", "`data.{split}` needs both `images` and `masks` to train", {"split": split}
+                )
+        return self
+
+
+class EvaluateJob(BaseJob):
+    """Metrics of a bundle, or of stored predictions, over a data set."""
+
+    kind: Literal["evaluate"]
+    classes: Classes | None = None
+    data: AnySource
+    bundle: Uri | None = None
+    predictions: AnySource | None = None
+    batch: Batch = Batch()
+    precision: Precision = "auto"
+    storage: Uri | None = None
+    """The report goes to <storage>/<name>/report.html; default: no report."""
+
+    @model_validator(mode="after")
+    def _has_one_side(self) -> Self:
+        if (self.bundle is None) == (self.predictions is None):
+            raise PydanticCustomError("sides", "give either `bundle` or `predictions`")
+        if self.predictions is not None and self.classes is None:
+            raise PydanticCustomError("classes", "`classes` is missing: mask folders don't name their classes")
+        return self
+
+
+class ShardOutput(Section):
+    """Where shards go, and how they are cut."""
+
+    uri: Uri
+    rows_per_file: Annotated[int, Field(ge=1)] = 512
+    rows_per_group: Annotated[int, Field(ge=1)] = 32
+    """Samples that are read at once."""
+
+
+class ShardJob(BaseJob):
+    """Any source into canonical Parquet shards."""
+
+    kind: Literal["shard"]
+    classes: Classes
+    data: AnySource
+    output: ShardOutput
+
+
+Job = TrainJob | EvaluateJob | ShardJob
+JOBS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "shard": ShardJob}
+
+
+def _model_defaults(model: object) -> dict[str, Any]:
+    """The authors' settings for a model (SegFormer: Xie et al. 2021, section 4.1); ten times the rate from scratch."""
+    if not isinstance(model, Mapping):
+        return {}
+    if model.get("weights") is None:
+        return {"optimizer": {"lr": 6e-4}}
+    return {"optimizer": {"lr": 6e-5, "head_lr_factor": 10.0}}
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid upon ``base``, mapping by mapping."""
+    out = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], Mapping) and isinstance(over[key], Mapping):
+            out[key] = _merged(base[key], over[key])
+    return out
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+AnyJob = TypeVar("AnyJob", bound=BaseJob)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Reads a job file.
+
+    Args:
+        path: YAML file, local or s3://. ``${NAME}`` and ``${NAME:-default}`` stand for environment variables.
+        overrides: ``dotted.key=value``, values in YAML; they win over the file.
+
+    Raises:
+        JobError: with every mistake found, each with its dotted key, the value, what is allowed and the mend.
+    """
+    text = storage.read_text(str(path))
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise JobError(f"{path}: a job file is a mapping of keys to values; this one holds {type(raw).__name__}")
+    return parse(_expanded(_overridden(raw, overrides), str(path)), str(path))
+
+
+def parse(raw: Mapping[str, Any], where: str = "job") -> Job:
+    """Turns a mapping into a job; raises JobError, see load."""
+    kind = raw.get("kind")
+    if kind not in JOBS:
+        raise JobError(f"{where}: kind: received {kind!r}; allowed: {', '.join(JOBS)}")
+    job = parse_as(JOBS[str(kind)], raw, where)
+    storage.use_s3(job.s3.endpoint, job.s3.region, job.s3.anonymous)
+    return job
+
+
+def parse_as(job_class: type[AnyJob], raw: Mapping[str, Any], where: str = "job") -> AnyJob:
+    """Turns a mapping into a job of one class; raises JobError, see load."""
+    try:
+        return job_class.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{where}: {_explained(details, raw)}" for details in error.errors(include_url=False)]
+        raise JobError("\n".join(lines)) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file, so that editors complete and check it."""
+    schemas = {kind: job.model_json_schema() for kind, job in JOBS.items()}
+    definitions: dict[str, Any] = {}
+    for schema in schemas.values():
+        definitions |= schema.pop("$defs", {})
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "raysseg job",
+        "oneOf": list(schemas.values()),
+        "$defs": definitions,
+    }
+
+
+def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise JobError(f"override {override!r}: write dotted.key=value, such as optimizer.lr=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise JobError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        raw = _merged(raw, value)
+    return raw
+
+
+_VARIABLE: re.Pattern[str] = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expanded(value: Any, where: str) -> Any:
+    """Environment variables in every string below ``value``."""
+    if isinstance(value, dict):
+        return {key: _expanded(part, where) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_expanded(part, where) for part in value]
+    if not isinstance(value, str):
+        return value
+
+    def expand(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name, default)
+        if found is None:
+            mend = f"set it, or write ${{{name}:-default}}"
+            raise JobError(f"{where}: {value!r} needs the environment variable {name}, which is not set: {mend}")
+        return found
+
+    return _VARIABLE.sub(expand, value)
+
+
+def _explained(details: ErrorDetails, raw: Mapping[str, Any]) -> str:
+    """One mistake in a line: the dotted key, the value, what is allowed."""
+    keys = list(_present_keys(details["loc"], raw))
+    context = details.get("ctx", {})
+    if details["type"] == "unknown_key":
+        return f"{'.'.join([*keys, context['key']])}: {details['msg']}"
+    dotted = ".".join(keys) or "job"
+    if details["type"] == "missing":
+        return f"{dotted}: missing; every {raw.get('kind')} job needs it"
+    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        received, allowed = context.get("tag", "nothing"), context.get("expected_tags", "'masks', 'shards'")
+        return f"{dotted}.format: received {received!r}; allowed: {allowed}"
+    if isinstance(details["input"], Mapping):
+        return f"{dotted}: {details['msg']}"
+    return f"{dotted}: received {json.dumps(details['input'], default=str)}: {details['msg']}"
+
+
+def _present_keys(loc: tuple[int | str, ...], raw: Any) -> Iterator[str]:
+    """The parts of a pydantic location that are keys of the file (unions put their own names in between)."""
+    for i, part in enumerate(loc):
+        is_last = i == len(loc) - 1
+        if isinstance(raw, Mapping) and (part in raw or is_last):
+            raw = raw.get(part)
+            yield str(part)
+        elif isinstance(raw, list | tuple) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
+            yield str(part)
+
+
+MODEL_NAMES: tuple[str, ...] = get_args(ModelName)

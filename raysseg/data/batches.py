@@ -1,0 +1,358 @@
+"""From samples to batches: decode, check, resize, augment, collate. The same code feeds this process and Ray Data."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from raysseg import masks
+from raysseg.config import AnySource, Augment, TrainJob
+from raysseg.config import Batch as BatchConfig
+from raysseg.data import read_samples
+from raysseg.data.augment import augment, resize, seeded_rng
+from raysseg.data.index import Failure, SampleIndex
+from raysseg.data.sampling import Order, epoch_order
+from raysseg.ledger import Ledger, deal
+from raysseg.schema import ClassMap, InputError, Sample
+
+Pixels = npt.NDArray[np.uint8]
+"""(H, W, 3) RGB."""
+
+T = TypeVar("T")
+
+CHUNK_ROWS = 32  # samples that a worker's loader reads at least in one go
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training samples of one size.
+
+    Attributes:
+        images: (B, H, W, 3) uint8 RGB.
+        labels: (B, H, W) class indices, uint8 or uint16.
+        weights: (B,) float32; 0 for rows that stand in for nothing or for a skipped sample, else 1.
+        positions: (B,) int64 in the epoch; -1 for rows that stand in for nothing.
+        failures: samples that were skipped.
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: masks.IdMap
+    weights: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.int64]
+    failures: tuple[Failure, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Some rows, as views; the failures stay with the first row."""
+        rows = slice(start, stop)
+        failures = self.failures if start == 0 else ()
+        return Batch(self.images[rows], self.labels[rows], self.weights[rows], self.positions[rows], failures)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a sample becomes a row of a batch."""
+
+    classes: ClassMap
+    size: tuple[int, int] | None
+    crop: tuple[int, int]
+    augment: Augment | None
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """All that one rank's training batches follow from, up to the last epoch; told apart by identity."""
+
+    index: SampleIndex
+    recipe: Recipe
+    batch: BatchConfig
+    open_groups: int
+    epochs: int
+    start: Ledger
+    rank: int = 0
+    num_workers: int = 1
+
+    @property
+    def windows_per_chunk(self) -> int:
+        """Windows of the order that are read in one go: at least CHUNK_ROWS of this rank's rows."""
+        rows = self.open_groups * len(self.index) / self.num_groups
+        return max(1, round(CHUNK_ROWS * self.num_workers / rows))
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of the index."""
+        return int(self.index.groups[-1]) + 1
+
+    @property
+    def chunks_per_epoch(self) -> int:
+        """The same in every epoch, whatever its order."""
+        num_windows = -(-self.num_groups // self.open_groups)
+        return -(-num_windows // self.windows_per_chunk)
+
+    @property
+    def num_chunks(self) -> int:
+        """From the start's epoch to the last."""
+        return max(0, self.epochs - self.start.epoch) * self.chunks_per_epoch
+
+
+def build_feed(
+    job: TrainJob, index: SampleIndex, classes: ClassMap, start: Ledger, *, rank: int, num_workers: int
+) -> Feed:
+    """The feed of one rank."""
+    recipe = Recipe(classes, job.data.size, job.data.crop, job.data.augment, job.seed)
+    return Feed(index, recipe, job.batch, job.data.open_shards, job.schedule.epochs, start, rank, num_workers)
+
+
+# --- one sample ---------------------------------------------------------------------------------------------------
+
+
+def decode_image(data: bytes) -> Pixels:
+    """Decodes a JPEG, PNG, TIFF or WebP file to RGB, (H, W, 3) uint8.
+
+    EXIF orientation is applied; grey, palette and CMYK images become RGB, transparency is dropped, 16 bits are cut to 8.
+
+    Raises:
+        InputError: the file is damaged, of another kind, has several pages, or floating-point pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
+            if (pages := getattr(file, "n_frames", 1)) > 1:
+                raise InputError(f"the {file.format} holds {pages} pages; store one image a file")
+            file.load()
+            image = ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the image can't be decoded ({error}); allowed: whole {', '.join(IMAGE_FORMATS)} files"
+        ) from error
+    if image.mode.startswith("I"):
+        grey = np.array(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise InputError(
+                f"the image has {grey.min()} to {grey.max()} in 32 bits; store it with 8 or 16 bits a channel"
+            )
+        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise InputError("the image has floating-point pixels; store it with 8 or 16 bits a channel")
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def decode_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels, masks.IdMap]:
+    """A sample's image, (H, W, 3), and class indices, (H, W).
+
+    Raises:
+        InputError: either is damaged, their sizes differ, or the mask holds unknown ids.
+    """
+    if sample.image is None:
+        raise InputError(f"{sample.sample_id}: has no image")
+    try:
+        image = decode_image(sample.image)
+    except InputError as error:
+        raise InputError(f"{sample.sample_id}: {error}") from error
+    labels = masks.to_dense(sample, classes).labels
+    if image.shape[:2] != labels.shape:
+        (height, width), (mask_height, mask_width) = image.shape[:2], labels.shape
+        mend = "resize the mask without interpolation, or pair the right files"
+        if (height, width) == (mask_width, mask_height):
+            mend = "the image carries an EXIF rotation that the mask does not follow: turn the mask, or strip the tag"
+        raise InputError(
+            f"{sample.sample_id}: the image is {width}x{height}, its mask {mask_width}x{mask_height} (width x height); {mend}"
+        )
+    return image, labels
+
+
+def _to_row(sample: Sample, recipe: Recipe, epoch: int, position: int) -> tuple[Pixels, masks.IdMap]:
+    image, labels = decode_pair(sample, recipe.classes)
+    if recipe.size is not None:
+        image, labels = resize(image, labels, recipe.size)
+    rng = seeded_rng(recipe.seed, epoch, position)
+    return augment(image, labels, crop=recipe.crop, config=recipe.augment, ignore=recipe.classes.ignore, rng=rng)
+
+
+# --- chunks: the unit of reading ----------------------------------------------------------------------------------
+
+
+def load_chunk(feed: Feed, chunk: int) -> Batch:
+    """Reads, decodes and augments one chunk of a feed: the rank's rows of some windows of the order, by position.
+
+    Raises:
+        InputError: a sample can't be used, and the source does not skip.
+    """
+    epoch = feed.start.epoch + chunk // feed.chunks_per_epoch
+    order = _order(feed, epoch)
+    first = chunk % feed.chunks_per_epoch * feed.windows_per_chunk
+    edges = np.append(order.windows, len(order))
+    start, stop = edges[first], edges[min(first + feed.windows_per_chunk, len(edges) - 1)]
+    if epoch == feed.start.epoch:
+        start = max(start, feed.start.position)
+    positions = np.arange(start, stop)
+    positions = positions[positions % feed.batch.global_size % feed.num_workers == feed.rank]
+    samples = read_samples(feed.index.take(order.rows[positions]))
+    return _collate(feed, epoch, positions, samples)
+
+
+def _collate(feed: Feed, epoch: int, positions: npt.NDArray[np.int64], samples: list[Sample | Failure]) -> Batch:
+    recipe, num_rows = feed.recipe, len(positions)
+    images = np.zeros((num_rows, *recipe.crop, 3), np.uint8)
+    labels = np.full((num_rows, *recipe.crop), recipe.classes.ignore, recipe.classes.dtype)
+    weights = np.ones(num_rows, np.float32)
+    failures = []
+    for row, (position, sample) in enumerate(zip(positions, samples, strict=True)):
+        try:
+            if isinstance(sample, Failure):
+                raise InputError(sample.reason)
+            images[row], labels[row] = _to_row(sample, recipe, epoch, int(position))
+        except InputError as error:
+            if not feed.index.source.is_skipping:
+                raise
+            weights[row] = 0
+            failures.append(Failure(sample.sample_id, str(error)))
+    return Batch(images, labels, weights, positions, tuple(failures))
+
+
+@lru_cache(maxsize=2)
+def _order(feed: Feed, epoch: int) -> Order:
+    """The order of an epoch, kept: every chunk asks for it."""
+    return epoch_order(feed.index, open_groups=feed.open_groups, seed=feed.recipe.seed, epoch=epoch)
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image, (H, W, 3) uint8, and its class indices, (H, W)."""
+
+    sample_id: str
+    image: Pixels
+    labels: masks.IdMap
+
+
+def iter_pairs(
+    index: SampleIndex,
+    classes: ClassMap,
+    *,
+    rows: int,
+    share: int = 0,
+    num_shares: int = 1,
+    with_images: bool = True,
+    threads: int = 2,
+) -> Iterator[list[Pair | Failure]]:
+    """Batches for evaluation, fixed by the index: batch i starts at row `i * rows` and goes to share `i % num_shares`.
+
+    Raises:
+        InputError: a sample can't be used, and the source does not skip.
+    """
+
+    def load(start: int) -> list[Pair | Failure]:
+        part = index.take(np.arange(start, min(start + rows, len(index))))
+        return [_to_pair(sample, classes, index.source) for sample in read_samples(part, with_images=with_images)]
+
+    return read_ahead(load, range(share * rows, len(index), num_shares * rows), threads)
+
+
+def _to_pair(sample: Sample | Failure, classes: ClassMap, source: AnySource) -> Pair | Failure:
+    """Decodes a sample, in grey where it has no image; a bad one raises InputError, or comes back as a Failure."""
+    try:
+        if isinstance(sample, Failure):
+            raise InputError(sample.reason)
+        if sample.image is not None:
+            return Pair(sample.sample_id, *decode_pair(sample, classes))
+        labels = masks.to_dense(sample, classes).labels
+        return Pair(sample.sample_id, np.full((*labels.shape, 3), 127, np.uint8), labels)
+    except InputError as error:
+        if not source.is_skipping:
+            raise
+        return Failure(sample.sample_id, str(error))
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+def read_ahead(load: Callable[[int], T], items: Sequence[int], threads: int) -> Iterator[T]:
+    """`load` of each item in turn, a few ahead, by threads of this process."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="raysseg-data") as pool:
+        ahead: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(load, item))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def iter_chunks(feed: Feed, *, threads: int = 2) -> Iterator[Batch]:
+    """The chunks of a feed in turn, without Ray."""
+    return read_ahead(partial(load_chunk, feed), range(feed.num_chunks), threads)
+
+
+def iter_batches(feed: Feed, chunks: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Cuts a feed's chunks into micro-batches: one list a global batch, as long on every rank.
+
+    A micro-batch for which this rank has no position is a single row of weight 0, so that all ranks run as many passes.
+    """
+    rows = _Cursor(iter(chunks))
+    for epoch in range(feed.start.epoch, feed.epochs):
+        first = feed.start.position if epoch == feed.start.epoch else 0
+        for start in range(first, len(feed.index), feed.batch.global_size):
+            stop = min(start + feed.batch.global_size, len(feed.index))
+            shares = deal(start, stop, per_worker=feed.batch.per_worker, rank=feed.rank, num_workers=feed.num_workers)
+            yield [rows.take(len(share)) if len(share) else _stand_in(feed.recipe) for share in shares]
+
+
+class _Cursor:
+    """Takes rows off a stream of batches of any length; copies only where a cut runs across two of them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._rest: Batch | None = None
+
+    def take(self, num_rows: int) -> Batch:
+        parts: list[Batch] = []
+        while num_rows:
+            rest = self._rest if self._rest is not None else next(self._batches)
+            part = rest.slice(0, num_rows)
+            num_rows -= len(part)
+            self._rest = rest.slice(len(part), len(rest)) if len(part) < len(rest) else None
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else _concatenated(parts)
+
+
+def _concatenated(parts: list[Batch]) -> Batch:
+    return Batch(
+        np.concatenate([p.images for p in parts]),
+        np.concatenate([p.labels for p in parts]),
+        np.concatenate([p.weights for p in parts]),
+        np.concatenate([p.positions for p in parts]),
+        tuple(failure for p in parts for failure in p.failures),
+    )
+
+
+@lru_cache(maxsize=2)
+def _stand_in(recipe: Recipe) -> Batch:
+    return Batch(
+        np.full((1, *recipe.crop, 3), 127, np.uint8),
+        np.full((1, *recipe.crop), recipe.classes.ignore, recipe.classes.dtype),
+        np.zeros(1, np.float32),
+        np.full(1, -1, np.int64),
+    )

@@ -1,0 +1,80 @@
+"""What a data set holds, by reference: names and places of samples, not their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raysseg import storage
+from raysseg.config import AnySource
+from raysseg.schema import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sample that can't be read or used, and why."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """The samples of a source, in its own order.
+
+    Attributes:
+        source: where they come from.
+        references: one row a sample: ``sample_id``, and whatever its format needs to find it.
+        groups: (N,) int64, samples that are read in one piece share a number; contiguous, ascending.
+        failures: samples that were left out while listing, only where the source skips.
+    """
+
+    source: AnySource
+    references: pa.Table
+    groups: npt.NDArray[np.int64]
+    failures: tuple[Failure, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Names, in the index's order."""
+        names: list[str] = self.references["sample_id"].to_pylist()
+        return names
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the names of the samples, their order, and how they are grouped."""
+        digest = hashlib.sha256("\n".join(self.sample_ids).encode())
+        digest.update(self.groups.tobytes())
+        return digest.hexdigest()[:16]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> SampleIndex:
+        """The index of some samples."""
+        return replace(self, references=self.references.take(pa.array(rows)), groups=self.groups[rows])
+
+
+class Format(Protocol):
+    """A module that reads one format: the two functions below, typed by its source."""
+
+    @staticmethod
+    def read_index(source: AnySource) -> SampleIndex:
+        """Lists the samples of a source."""
+
+    @staticmethod
+    def read_samples(source: AnySource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:
+        """Reads samples, in the order of their references; what can't be read comes back as a Failure."""
+
+
+def write_failures(run_uri: str, failures: dict[str, list[Failure]]) -> None:
+    """Lists skipped samples beside a run, as skipped.json by split; nothing where there are none."""
+    if any(failures.values()):
+        content = {split: [asdict(failure) for failure in entries] for split, entries in failures.items()}
+        storage.write_text(storage.join(run_uri, "skipped.json"), json.dumps(content, indent=2))

@@ -1,0 +1,144 @@
+"""The `shards` format: canonical Parquet files of samples, an index of their rows, and a manifest written last."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysseg import storage
+from raysseg.config import ShardsSource
+from raysseg.data.index import Failure, SampleIndex
+from raysseg.schema import ClassMap, InputError, Sample, Segment
+
+MANIFEST = "shards.json"
+INDEX = "index.parquet"
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("image", pa.large_binary()),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("id_map", pa.large_binary()),
+        pa.field(
+            "segments",
+            pa.list_(
+                pa.struct(
+                    [("class_id", pa.int32()), ("is_crowd", pa.bool_()), ("score", pa.float32()), ("rle", pa.binary())]
+                )
+            ),
+        ),
+    ]
+)
+
+
+def read_index(source: ShardsSource) -> SampleIndex:
+    """Reads the index; the samples of one row group are one group, since they are read at once.
+
+    Raises:
+        InputError: the folder holds no finished shards.
+    """
+    if not storage.exists(storage.join(source.uri, MANIFEST)):
+        raise InputError(
+            f"{source.uri}: there is no {MANIFEST} in it, so these are no finished shards; "
+            "write them with `raysseg shard JOB`, or finish a broken-off one by running it again"
+        )
+    references = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(source.uri, INDEX))))
+    key = references["file_number"].to_numpy().astype(np.int64) * 2**32 + references["row_group"].to_numpy()
+    return SampleIndex(source, references, np.unique(key, return_inverse=True)[1].astype(np.int64))
+
+
+def read_samples(source: ShardsSource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:
+    """Reads samples, each row group once, in the order of the references."""
+    columns = [name for name in SAMPLE_SCHEMA.names if with_images or name != "image"]
+    file_numbers = references["file_number"].to_pylist()
+    row_groups = references["row_group"].to_pylist()
+    rows = references["row"].to_pylist()
+    groups = {
+        key: _read_row_group(source.uri, *key, columns)
+        for key in dict.fromkeys(zip(file_numbers, row_groups, strict=True))
+    }
+    return [
+        to_sample(groups[file_number, row_group], row)
+        for file_number, row_group, row in zip(file_numbers, row_groups, rows, strict=True)
+    ]
+
+
+def to_sample(table: pa.Table, row: int) -> Sample:
+    """One row of a table of SAMPLE_SCHEMA."""
+    values = table.slice(row, 1).to_pylist()[0]
+    return Sample(
+        **{"image": None, **values, "segments": tuple(Segment(**segment) for segment in values["segments"] or ())}
+    )
+
+
+def write_file(uri: str, number: int, samples: Sequence[Sample], rows_per_group: int) -> pa.Table:
+    """Writes one Parquet file of shards; returns its part of the index."""
+    rows = [
+        {
+            "sample_id": sample.sample_id,
+            "image": sample.image,
+            "height": sample.height,
+            "width": sample.width,
+            "id_map": sample.id_map,
+            "segments": [
+                {"class_id": s.class_id, "is_crowd": s.is_crowd, "score": s.score, "rle": s.rle}
+                for s in sample.segments
+            ],
+        }
+        for sample in samples
+    ]
+    sink = io.BytesIO()
+    # images and id maps are compressed already: no codec, and no dictionaries or statistics of their bytes
+    table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+    pq.write_table(
+        table, sink, row_group_size=rows_per_group, compression="none", use_dictionary=False, write_statistics=False
+    )
+    storage.write_bytes(storage.join(uri, file_name(number)), sink.getvalue())
+    place = np.arange(len(samples), dtype=np.int32)
+    return pa.table(
+        {
+            "sample_id": table["sample_id"],
+            "file_number": np.full(len(samples), number, dtype=np.int32),
+            "row_group": place // rows_per_group,
+            "row": place % rows_per_group,
+            "height": table["height"],
+            "width": table["width"],
+        }
+    )
+
+
+def file_name(number: int) -> str:
+    """Name of a Parquet file of shards."""
+    return f"shard-{number:05d}.parquet"
+
+
+def _read_row_group(uri: str, file_number: int, row_group: int, columns: list[str]) -> pa.Table:
+    path = storage.join(uri, file_name(file_number))
+    with storage.open_input(path) as file:
+        return pq.ParquetFile(file, metadata=_metadata(path)).read_row_group(row_group, columns, use_threads=False)
+
+
+@lru_cache(maxsize=256)
+def _metadata(path: str) -> pq.FileMetaData:
+    """A file's footer, kept: it holds the places of all row groups."""
+    with storage.open_input(path) as file:
+        return pq.read_metadata(file)
+
+
+def write_manifest(uri: str, classes: ClassMap, num_samples: int, num_files: int) -> None:
+    """Declares a folder of shards finished."""
+    manifest = {
+        "version": 1,
+        "num_samples": num_samples,
+        "num_files": num_files,
+        "classes": [{"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)],
+        "ignore_index": classes.ignore_index,
+    }
+    storage.write_text(storage.join(uri, MANIFEST), json.dumps(manifest, indent=2))

@@ -1,0 +1,297 @@
+"""Metrics of a bundle, or of stored predictions, over a data set, spread over the cluster."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import chain
+
+import numpy as np
+
+from raysseg import bundle as bundles
+from raysseg import masks, report, storage
+from raysseg.config import EvaluateJob, Precision
+from raysseg.data import read_class_map, read_index, read_samples
+from raysseg.data.batches import Pair, iter_pairs
+from raysseg.data.index import Failure, SampleIndex, write_failures
+from raysseg.masks import LabelMap
+from raysseg.metrics import METRICS, State
+from raysseg.metrics.semantic import mean_iou
+from raysseg.predictor import Predictor
+from raysseg.runtime import num_shares, spread
+from raysseg.schema import ClassMap, InputError, Sample
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = 3  # of the worst, the median and the best each
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation has found.
+
+    Attributes:
+        metrics: by name; NaN for a class that the truth lacks.
+        absent: those classes.
+        confusion: (C, C + 1) pixels by (truth, prediction); the last column is no class.
+        scores: mIoU by sample id.
+        examples: the worst, the median and the best samples.
+        failures: samples that were skipped.
+        images_per_s: over all workers, start-up left out.
+    """
+
+    metrics: dict[str, float]
+    absent: list[str]
+    confusion: State
+    scores: dict[str, float]
+    examples: dict[str, list[report.Example]]
+    failures: list[Failure]
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What `raysseg evaluate` prints."""
+
+    name: str
+    metrics: dict[str, float]
+    num_samples: int
+    absent: list[str]
+    skipped: int
+    bundle: str | None
+    report: str | None
+    run: str | None
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What every task needs."""
+
+    job: EvaluateJob
+    classes: ClassMap
+    truth: SampleIndex
+    predictions: SampleIndex | None
+    num_shares: int
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """One batch's counts; each sample's mIoU by its id."""
+
+    state: State
+    scores: dict[str, float]
+    failures: list[Failure]
+
+
+def evaluate(job: EvaluateJob) -> EvaluateResult:
+    """Runs an evaluate job; the report and the numbers go to <storage>/<name> where the job names a storage.
+
+    Raises:
+        InputError: the two sides don't fit each other, or a sample can't be used and the source does not skip.
+        StorageError: a source can't be reached.
+    """
+    classes = _class_map(job)
+    found = measure(job, classes)
+    run_uri = storage.join(job.storage, job.name) if job.storage is not None else None
+    report_uri = storage.join(run_uri, "report.html") if run_uri is not None else None
+    result = EvaluateResult(
+        job.name, found.metrics, len(found.scores), found.absent, len(found.failures), job.bundle, report_uri, run_uri
+    )
+    if run_uri is not None and report_uri is not None:
+        page = report.ReportPage(
+            title=job.name,
+            task=job.task,
+            classes=classes,
+            job=job.model_dump(mode="json"),
+            metrics=found.metrics,
+            absent=found.absent,
+            confusion=found.confusion[:, :-1],
+            history=[],
+            splits=[],
+            examples=found.examples,
+            facts={"samples": str(len(found.scores)), "images per second": f"{found.images_per_s:.1f}"},
+            notes=describe_failures(found.failures),
+        )
+        write_failures(run_uri, {"data": found.failures})
+        storage.write_text(storage.join(run_uri, "metrics.json"), json.dumps(asdict(result), indent=2))
+        storage.write_text(report_uri, report.render(page))
+    return result
+
+
+def measure(job: EvaluateJob, classes: ClassMap) -> Evaluation:
+    """The numbers of an evaluate job and its telling examples; writes nothing.
+
+    Batches are fixed by the index, and counts are whole numbers: they are the same for any number of workers.
+    """
+    shared = _Shared(job, classes, *_matched(job), num_shares=num_shares(job.scaling))
+    metric = METRICS[job.task](classes)
+    scores: dict[str, float] = {}
+    failures = list(shared.truth.failures)
+    started, reported = None, time.monotonic()
+    for part in spread(_score_share, shared, range(shared.num_shares), job.scaling):
+        started = started or time.monotonic()
+        metric.merge(part.state)
+        scores |= part.scores
+        failures += part.failures
+        if time.monotonic() - reported > 5:
+            reported = time.monotonic()
+            logger.info("evaluate: %d of %d samples", len(scores), len(shared.truth))
+    elapsed = time.monotonic() - (started or 0.0)
+    if not scores:
+        reasons = "; ".join(failure.reason for failure in failures[:3])
+        raise InputError(f"evaluate: none of the {len(shared.truth)} samples could be used: {reasons}")
+    picks = _pick(scores)
+    examples = list(spread(_draw_examples, shared, [list(chain(*picks.values()))], job.scaling))
+    by_id = {example.sample_id: replace(example, score=scores[example.sample_id]) for example in examples}
+    return Evaluation(
+        metrics=metric.compute(),
+        absent=metric.absent(),
+        confusion=metric.state(),
+        scores=scores,
+        examples={kind: [by_id[i] for i in ids] for kind, ids in picks.items()},
+        failures=failures,
+        images_per_s=len(scores) / max(elapsed, 1e-9),
+    )
+
+
+def describe_failures(failures: Sequence[Failure]) -> list[str]:
+    """A sentence for the report, where samples were skipped."""
+    return [f"{len(failures)} samples were skipped; skipped.json lists them with their reasons"] if failures else []
+
+
+def _class_map(job: EvaluateJob) -> ClassMap:
+    if job.bundle is None:
+        assert job.classes is not None, "the job's validator asks for them"
+        return read_class_map(job.classes)
+    bundle = bundles.read(job.bundle)
+    if bundle.task != job.task:
+        raise InputError(f"task: the bundle {job.bundle} segments for {bundle.task!r}, the job says {job.task!r}")
+    if job.classes is None:
+        return bundle.classes
+    classes = read_class_map(job.classes)
+    if classes.names != bundle.classes.names:
+        raise InputError(
+            f"classes: the job names {list(classes.names)}, the bundle was trained on {list(bundle.classes.names)}; "
+            "leave `classes` out to take the bundle's"
+        )
+    return classes
+
+
+def _matched(job: EvaluateJob) -> tuple[SampleIndex, SampleIndex | None]:
+    """The truth, and the predictions in the same order."""
+    truth = read_index(job.data)
+    if job.predictions is None:
+        return truth, None
+    predictions = read_index(job.predictions)
+    place = {sample_id: row for row, sample_id in enumerate(predictions.sample_ids)}
+    truth_ids = truth.sample_ids
+    missing = [sample_id for sample_id in truth_ids if sample_id not in place]
+    surplus = sorted(place.keys() - set(truth_ids))
+    if surplus:
+        raise InputError(
+            f"predictions: {len(surplus)} of {len(place)} have no ground truth of the same stem, such as {surplus[:3]}; "
+            "remove them, or add their ground truth to `data`"
+        )
+    if missing and not truth.source.is_skipping:
+        raise InputError(
+            f"predictions: {len(missing)} of {len(truth_ids)} samples of `data` have none, such as {missing[:3]}; "
+            "predict them too, or set data.on_error=skip to score the others alone and list these"
+        )
+    rows = np.array([row for row, sample_id in enumerate(truth_ids) if sample_id in place], dtype=np.int64)
+    failures = tuple(Failure(sample_id, f"{sample_id}: has no prediction") for sample_id in missing)
+    truth = replace(truth.take(rows), failures=(*truth.failures, *failures))
+    return truth, predictions.take(np.array([place[truth_ids[row]] for row in rows], dtype=np.int64))
+
+
+def _score_share(shared: _Shared, share: int) -> Iterator[_Partial]:
+    """Scores every so-manieth batch of the index."""
+    for pairs, predicted in _iter_predicted(shared, share, with_images=shared.predictions is None):
+        metric = METRICS[shared.job.task](shared.classes)
+        scores: dict[str, float] = {}
+        failures: list[Failure] = []
+        for pair, prediction in zip(pairs, predicted, strict=True):
+            if isinstance(pair, Failure):
+                failures.append(pair)
+            elif isinstance(prediction, Failure):
+                failures.append(prediction)
+            else:
+                counts = metric.update(prediction, LabelMap(pair.labels, shared.classes.ignore))
+                scores[pair.sample_id] = mean_iou(counts)
+        yield _Partial(metric.state(), scores, failures)
+
+
+def _draw_examples(shared: _Shared, sample_ids: list[str]) -> Iterator[report.Example]:
+    """Some samples with their predictions, as the report shows them."""
+    place = {sample_id: row for row, sample_id in enumerate(shared.truth.sample_ids)}
+    rows = np.array(sorted(place[sample_id] for sample_id in set(sample_ids)), dtype=np.int64)
+    predictions = shared.predictions.take(rows) if shared.predictions is not None else None
+    few = replace(shared, truth=shared.truth.take(rows), predictions=predictions, num_shares=1)
+    for pairs, predicted in _iter_predicted(few, 0, with_images=True):
+        for pair, prediction in zip(pairs, predicted, strict=True):
+            if isinstance(pair, Pair) and isinstance(prediction, LabelMap):
+                yield report.Example(pair.sample_id, pair.image, pair.labels, prediction.labels, 0.0)
+
+
+def _iter_predicted(
+    shared: _Shared, share: int, *, with_images: bool
+) -> Iterator[tuple[list[Pair | Failure], list[LabelMap | Failure]]]:
+    """One share's batches of truth beside their predictions, made by the bundle or read."""
+    rows, truth = shared.job.batch.per_worker, shared.truth
+    truths = iter_pairs(
+        truth, shared.classes, rows=rows, share=share, num_shares=shared.num_shares, with_images=with_images
+    )
+    if shared.predictions is None:
+        assert shared.job.bundle is not None, "the job's validator asks for one of them"
+        predictor = _predictor(shared.job.bundle, shared.job.precision)
+        for pairs in truths:
+            made = iter(predictor.predict([pair.image for pair in pairs if isinstance(pair, Pair)]))
+            yield pairs, [pair if isinstance(pair, Failure) else next(made) for pair in pairs]
+        return
+    for start, pairs in zip(range(share * rows, len(truth), shared.num_shares * rows), truths, strict=True):
+        part = shared.predictions.take(np.arange(start, start + len(pairs)))
+        stored = read_samples(part, with_images=False)
+        yield pairs, [_to_prediction(sample, pair, shared) for sample, pair in zip(stored, pairs, strict=True)]
+
+
+def _to_prediction(sample: Sample | Failure, pair: Pair | Failure, shared: _Shared) -> LabelMap | Failure:
+    """A stored prediction beside its truth; a bad one raises InputError, or comes back as a Failure."""
+    if isinstance(pair, Failure):
+        return pair
+    try:
+        if isinstance(sample, Failure):
+            raise InputError(sample.reason)
+        label_map = masks.to_dense(sample, shared.classes)
+        if label_map.labels.shape != pair.labels.shape:
+            height, width = label_map.labels.shape
+            raise InputError(
+                f"{pair.sample_id}: the prediction is {width}x{height}, the truth "
+                f"{pair.labels.shape[1]}x{pair.labels.shape[0]} (width x height); scale it to the truth's size"
+            )
+    except InputError as error:
+        if not shared.truth.source.is_skipping:
+            raise InputError(f"predictions: {error}") from error
+        return Failure(pair.sample_id, f"predictions: {error}")
+    return label_map
+
+
+@cache
+def _predictor(bundle_uri: str, precision: Precision) -> Predictor:
+    """A bundle's predictor, once a process."""
+    return Predictor(bundle_uri, precision=precision)
+
+
+def _pick(scores: dict[str, float]) -> dict[str, list[str]]:
+    """The ids of the worst, the median and the best samples, none of them twice."""
+    ranked = sorted((score, sample_id) for sample_id, score in scores.items() if score == score)
+    ids = [sample_id for _, sample_id in ranked]
+    number = min(_EXAMPLES, len(ids) // 3 or len(ids))
+    middle = max(number, len(ids) // 2 - number // 2)
+    return {
+        "worst": ids[:number],
+        "median": ids[middle : middle + number],
+        "best": ids[max(middle + number, len(ids) - number) :][::-1],
+    }

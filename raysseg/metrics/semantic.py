@@ -1,0 +1,98 @@
+"""IoU, Dice and accuracy of semantic segmentation from one confusion matrix a data set."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from raysseg.masks import IdMap, LabelMap
+from raysseg.schema import ClassMap
+
+Confusion = npt.NDArray[np.int64]
+"""(C, C + 1), rows truth, columns prediction; the last column is what was predicted as no class at all."""
+
+
+def count_confusion(prediction: IdMap, truth: IdMap, num_classes: int) -> Confusion:
+    """Counts pixels by (truth, prediction); pixels without a truth label are left out.
+
+    Args:
+        prediction: (H, W) class indices; any larger value stands for no class.
+        truth: (H, W) likewise.
+        num_classes: C.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"the prediction is {prediction.shape}, the truth {truth.shape} (height, width)")
+    side = num_classes + 1
+    codes = np.minimum(truth, num_classes).astype(np.uint16 if side * side < 2**16 else np.uint32)
+    np.multiply(codes, side, out=codes)
+    np.add(codes, np.minimum(prediction, num_classes), out=codes)
+    return np.bincount(codes.ravel(), minlength=side * side).reshape(side, side)[:-1].astype(np.int64)
+
+
+def class_scores(confusion: Confusion) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """IoU and Dice of each class, (C,) each; NaN where the truth lacks the class."""
+    hits = np.diagonal(confusion).astype(np.float64)
+    truth = confusion.sum(1)
+    predicted = confusion[:, :-1].sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou = np.where(truth > 0, hits / (truth + predicted - hits), np.nan)
+        dice = np.where(truth > 0, 2 * hits / (truth + predicted), np.nan)
+    return iou, dice
+
+
+def mean_iou(confusion: Confusion) -> float:
+    """Mean IoU over the classes that the truth holds; NaN where there is none."""
+    iou, _ = class_scores(confusion)
+    return _mean(iou)
+
+
+class SemanticMetric:
+    """mIoU, mean Dice, pixel accuracy and frequency-weighted IoU (Long et al. 2015), pooled over a data set."""
+
+    def __init__(self, classes: ClassMap) -> None:
+        self._names = classes.names
+        self._confusion = np.zeros((len(classes), len(classes) + 1), np.int64)
+
+    def update(self, prediction: LabelMap, truth: LabelMap) -> Confusion:
+        """Counts one sample; returns its own confusion matrix."""
+        counts = count_confusion(prediction.labels, truth.labels, len(self._names))
+        self._confusion += counts
+        return counts
+
+    def state(self) -> Confusion:
+        """The confusion matrix so far, (C, C + 1)."""
+        return self._confusion.copy()
+
+    def merge(self, state: Confusion) -> None:
+        """Adds another worker's confusion matrix."""
+        self._confusion += state
+
+    def absent(self) -> list[str]:
+        """Classes without a pixel of truth; they are left out of the means."""
+        return [name for name, pixels in zip(self._names, self._confusion.sum(1), strict=True) if pixels == 0]
+
+    def compute(self) -> dict[str, float]:
+        """All numbers by name; NaN for a class that the truth lacks."""
+        iou, dice = class_scores(self._confusion)
+        truth = self._confusion.sum(1)
+        total = max(int(truth.sum()), 1)
+        scores = {
+            "miou": _mean(iou),
+            "mean_dice": _mean(dice),
+            "pixel_accuracy": float(np.diagonal(self._confusion).sum() / total),
+            "frequency_weighted_iou": float(np.nansum(truth / total * iou)),
+        }
+        per_class = [
+            (f"{kind}/{name}", float(score))
+            for kind, values in (("iou", iou), ("dice", dice))
+            for name, score in zip(self._names, values, strict=True)
+        ]
+        return scores | dict(per_class)
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

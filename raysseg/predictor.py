@@ -1,0 +1,78 @@
+"""From images to masks, with a bundle: the one way in for evaluation, prediction and serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raysseg import bundle as bundles
+from raysseg.config import Precision
+from raysseg.data.augment import resize_image
+from raysseg.data.batches import Pixels
+from raysseg.loop import resolve_precision
+from raysseg.masks import LabelMap
+from raysseg.models import Outputs, SegModel
+
+
+class Predictor:
+    """A bundle, ready to segment images.
+
+    Args:
+        bundle_uri: local or s3:// folder.
+        device: torch's name of it; default: the GPU where there is one, else the CPU.
+        precision: of the forward passes.
+
+    Raises:
+        StorageError: there is no whole bundle at the URI.
+    """
+
+    def __init__(self, bundle_uri: str, *, device: str | None = None, precision: Precision = "auto") -> None:
+        self.bundle = bundles.read(bundle_uri)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model = bundles.load(self.bundle).to(self._device)
+        self._dtype = resolve_precision(precision, self._device)
+
+    def predict(self, images: Sequence[Pixels]) -> list[LabelMap]:
+        """Segments images, each (H, W, 3) uint8 RGB of any size; masks are of the images' own sizes."""
+        return predict(self._model, images, self.bundle.preprocessing.size, self._dtype)
+
+    def logits(self, image: Pixels) -> Tensor:
+        """The model's raw output for one image, (1, C, h, w)."""
+        with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=_is_mixed(self._dtype)):
+            outputs: Outputs = self._model(_to_tensor([image], self.bundle.preprocessing.size, self._device))
+            return outputs.logits
+
+
+def predict(
+    model: SegModel, images: Sequence[Pixels], size: tuple[int, int] | None, dtype: torch.dtype
+) -> list[LabelMap]:
+    """Segments images with a model in evaluation mode; images of one size go through together.
+
+    Args:
+        model: on its device.
+        images: each (H, W, 3) uint8 RGB.
+        size: (height, width) that they are resized to first; None: as they are.
+        dtype: of the forward pass.
+    """
+    device = next(model.parameters()).device
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        by_size.setdefault(size or image.shape[:2], []).append(i)
+    out: dict[int, LabelMap] = {}
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=_is_mixed(dtype)):
+        for places in by_size.values():
+            outputs = model(_to_tensor([images[i] for i in places], size, device))
+            sizes = [(images[i].shape[0], images[i].shape[1]) for i in places]
+            out |= zip(places, model.decode(outputs, sizes), strict=True)
+    return [out[i] for i in range(len(images))]
+
+
+def _is_mixed(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _to_tensor(images: Sequence[Pixels], size: tuple[int, int] | None, device: torch.device) -> Tensor:
+    resized = [resize_image(image, size) if size is not None else image for image in images]
+    return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in resized]).to(device).contiguous()

@@ -1,0 +1,94 @@
+"""The shared nouns: tasks, classes, segments and samples. numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Task = Literal["semantic", "instance", "panoptic"]
+
+
+class InputError(ValueError):
+    """Something the user can mend: a key, a file, a class list, a storage; the message says what, where and how."""
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """The classes of a data set: its ids at rest on one side, contiguous indices for tensors on the other.
+
+    Index ``i`` stands for the class with data-set id ``ids[i]``. Only readers and writers convert between the two.
+
+    Attributes:
+        ids: data-set ids, as files hold them; any non-negative integers, distinct.
+        names: one name a class, distinct.
+        colours: one (red, green, blue) a class, each 0 to 255.
+        things: whether each class is countable (a thing) or not (stuff).
+        ignore_index: the data-set id that stands for "not labelled".
+    """
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    things: tuple[bool, ...]
+    ignore_index: int = 255
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """The type of index maps: uint8, or uint16 from 255 classes on."""
+        return np.uint8 if len(self) < 255 else np.uint16
+
+    @property
+    def ignore(self) -> int:
+        """The value of ignored pixels in index maps: 255, or 65535 from 255 classes on."""
+        return int(np.iinfo(self.dtype).max)
+
+    @cached_property
+    def palette(self) -> npt.NDArray[np.uint8]:
+        """Colours by index, (C, 3)."""
+        return np.array(self.colours, dtype=np.uint8).reshape(-1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One labelled region of a sample: an instance, a stuff region or a crowd.
+
+    Attributes:
+        class_id: data-set id of its class.
+        is_crowd: a group that is not told apart; neither right nor wrong to predict.
+        score: confidence in [0, 1] of a prediction; None for ground truth.
+        rle: COCO's compressed RLE over the sample's (height, width); None where the sample's id map holds the region.
+    """
+
+    class_id: int
+    is_crowd: bool
+    score: float | None
+    rle: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image and what is known about it; a prediction is a sample whose segments carry scores.
+
+    Attributes:
+        sample_id: stable name within its data set.
+        image: the encoded image file (JPEG, PNG, ...); None where only labels are at hand.
+        height: pixels, after EXIF orientation; 0 where not known before decoding.
+        width: likewise.
+        id_map: encoded label image: class ids where ``segments`` is empty, else 1 + position in ``segments`` with 0 for
+            void. None where the segments carry their own RLE, or nothing is labelled.
+        segments: instances and stuff regions; empty for semantic label images.
+    """
+
+    sample_id: str
+    image: bytes | None
+    height: int
+    width: int
+    id_map: bytes | None
+    segments: tuple[Segment, ...] = ()

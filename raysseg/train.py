@@ -1,0 +1,321 @@
+"""A train job, whole: look at the data, train on Ray or in this process, publish the best bundle, draw the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from raysseg import bundle as bundles
+from raysseg import report, storage
+from raysseg.config import EvaluateJob, Scaling, TrainJob
+from raysseg.data import read_class_map, read_index, read_samples
+from raysseg.data.batches import iter_chunks, iter_pairs
+from raysseg.data.index import Failure, SampleIndex
+from raysseg.evaluate import Evaluation, describe_failures, measure
+from raysseg.losses import ClassPixels, balance, count_pixels
+from raysseg.masks import BINARY_MEND, to_dense
+from raysseg.metrics import METRICS
+from raysseg.runtime import as_input_error, connect, gpus_per_worker, log_to_stderr, num_shares, spread
+from raysseg.schema import ClassMap, InputError
+from raysseg.worker import Plan, train_epochs
+
+logger = logging.getLogger(__name__)
+
+_LOOK = 8  # samples of each split that are decoded before anything is started
+_COUNT = 2000  # masks of a split that are counted in this process, and at most unless class weights need all
+_MOVABLE = ("scaling", "s3", "checkpoint", "compile", "channels_last")  # may change when a run goes on
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `raysseg train` prints."""
+
+    name: str
+    metrics: dict[str, float]
+    run: str
+    bundle: str
+    report: str
+
+
+def train(job: TrainJob) -> TrainResult:
+    """Runs a train job; the same job again goes on where the run stopped.
+
+    Raises:
+        InputError: the data or the weights can't be used, or the run exists with other settings.
+        StorageError: a source or the storage can't be reached.
+    """
+    classes = read_class_map(job.classes)
+    _check_metric(job, classes)
+    splits = {"train": read_index(job.data.train), "val": read_index(job.data.val)}
+    for split, index in splits.items():
+        _look_at(split, index, classes)
+    counts = {split: _count(job, split, index, classes) for split, index in splits.items()}
+    _open_run(job)
+    fingerprint = {
+        split: {"samples": len(index), "hash": index.fingerprint, "pixels": counts[split].pixels.tolist()}
+        for split, index in splits.items()
+    }
+    weights = _class_weights(job, counts["train"], classes)
+    plan = Plan(job, classes, splits["train"], splits["val"], weights, fingerprint)
+    if _unfinished(job):
+        _train_here(plan) if job.scaling.in_process else _train_on_ray(plan)
+    return _finish(plan, counts)
+
+
+# --- before ---------------------------------------------------------------------------------------------------------
+
+
+def _check_metric(job: TrainJob, classes: ClassMap) -> None:
+    known = ["train/loss", *(f"val/{name}" for name in METRICS[job.task](classes).compute())]
+    if job.checkpoint.metric not in known:
+        raise InputError(f"checkpoint.metric: received {job.checkpoint.metric!r}; allowed: {', '.join(known)}")
+
+
+def _look_at(split: str, index: SampleIndex, classes: ClassMap) -> None:
+    """Decodes a few samples, so that what is wrong with all of them shows before a cluster starts."""
+    rows = np.unique(np.linspace(0, len(index) - 1, _LOOK).astype(np.int64))
+    try:
+        for _ in iter_pairs(index.take(rows), classes, rows=1):
+            pass
+    except InputError as error:
+        raise InputError(f"data.{split}: {error}") from error
+    logger.info("data.%s: %d samples", split, len(index))
+
+
+def _count(job: TrainJob, split: str, index: SampleIndex, classes: ClassMap) -> ClassPixels:
+    """Pixels of each class: of all masks where class weights need them, else of an even choice."""
+    is_exact = split == "train" and isinstance(job.loss.class_weights, str)
+    rows = np.arange(len(index))
+    if not is_exact and len(index) > _COUNT:
+        rows = np.unique(np.linspace(0, len(index) - 1, _COUNT).astype(np.int64))
+    scaling = job.scaling if len(rows) > _COUNT else Scaling(workers=0)
+    parts = spread(_count_rows, (index, classes), np.array_split(rows, max(1, len(rows) // 256)), scaling)
+    zeros = np.zeros(len(classes), np.int64)
+    total = sum(parts, ClassPixels(zeros, zeros, zeros, 0, 0))
+    if len(classes) == 2 and total.pixels[1] == 0 and total.ignored and classes.ignore_index == 255:
+        raise InputError(
+            f"data.{split}: no mask holds the class {classes.names[1]!r} (id {classes.ids[1]}), but {total.ignored} "
+            f"pixels are 255, which is the ignore_index: the whole foreground would be ignored. {BINARY_MEND}"
+        )
+    if not total.pixels.any():
+        raise InputError(
+            f"data.{split}: no mask holds a labelled pixel; check the class list's ids and its ignore_index"
+        )
+    return total
+
+
+def _count_rows(shared: tuple[SampleIndex, ClassMap], rows: Any) -> Iterator[ClassPixels]:
+    index, classes = shared
+    for sample in read_samples(index.take(rows), with_images=False):
+        try:
+            if isinstance(sample, Failure):
+                raise InputError(sample.reason)
+            yield count_pixels(to_dense(sample, classes).labels, len(classes))
+        except InputError:
+            if not index.source.is_skipping:
+                raise
+
+
+def _class_weights(job: TrainJob, counts: ClassPixels, classes: ClassMap) -> tuple[float, ...] | None:
+    given = job.loss.class_weights
+    if given is None:
+        return None
+    if isinstance(given, str):
+        weights = tuple(balance(given, counts, job.loss.effective_beta).tolist())
+    elif len(given) != len(classes):
+        raise InputError(
+            f"loss.class_weights: received {len(given)} weights for {len(classes)} classes; "
+            f"give one each, in this order: {', '.join(classes.names)}"
+        )
+    else:
+        weights = given
+    shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(classes.names, weights, strict=True))
+    logger.info("class weights: %s", shown)
+    return weights
+
+
+def _open_run(job: TrainJob) -> None:
+    """Writes job.json, or checks that the run which is there is this one."""
+    uri = storage.join(job.run_uri, "job.json")
+    now = job.model_dump(mode="json")
+    if storage.exists(uri):
+        before = json.loads(storage.read_text(uri))
+        moved = sorted(_differences(_fixed(before), _fixed(now)))
+        if moved:
+            raise InputError(
+                f"{job.run_uri}: this run exists with other settings: {'; '.join(moved[:5])}. Give the job another name, "
+                "set these back to go on with the run, or delete its folder"
+            )
+    storage.write_text(uri, json.dumps(now, indent=2))
+
+
+def _fixed(job: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in job.items() if key not in _MOVABLE}
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+    elif before != now:
+        yield f"{path} was {json.dumps(before)}, now {json.dumps(now)}"
+
+
+def _unfinished(job: TrainJob) -> bool:
+    if storage.exists(storage.join(job.run_uri, "bundle", bundles.MANIFEST)):
+        logger.info("%s is finished already; its bundle stands", job.run_uri)
+        return False
+    return True
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def _train_here(plan: Plan) -> None:
+    """All epochs in this process, without Ray."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for _ in train_epochs(plan, iter_chunks, device):
+        pass
+
+
+def _train_on_ray(plan: Plan) -> None:
+    """All epochs in Ray Train's workers, fed by Ray Data.
+
+    Checkpoints are ours, on the run's storage: Ray is told of them and copies nothing. Its own state goes to <run>/ray,
+    under a new name each time, since it is our checkpoints that a run goes on from.
+    """
+    import ray.train
+    import ray.train.torch
+
+    connect()
+    scaling = plan.job.scaling
+    gpus = gpus_per_worker(scaling)
+    _check_room(scaling)
+    filesystem, path = storage.filesystem(storage.join(plan.job.run_uri, "ray"))
+    trainer = ray.train.torch.TorchTrainer(
+        _run_rank,
+        train_loop_config={"plan": ray.put(plan)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise as_input_error(error) or error from None
+
+
+def _check_room(scaling: Scaling) -> None:
+    """Says so where the workers would take every CPU: their data tasks would then wait for ever."""
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 0.0)
+    taken = num_shares(scaling) * scaling.cpus_per_worker
+    if isinstance(scaling.workers, int) and taken > cpus - 1:
+        raise InputError(
+            f"scaling: {scaling.workers} workers of {scaling.cpus_per_worker:g} CPUs take {taken:g} of the cluster's "
+            f"{cpus:g}, and their data tasks need one more; lower scaling.workers or scaling.cpus_per_worker"
+        )
+
+
+def _run_rank(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker."""
+    import ray.train
+    import ray.train.torch
+
+    from raysseg.data import stream
+
+    log_to_stderr()
+    plan: Plan = ray.get(settings["plan"])
+    rank = ray.train.get_context().get_world_rank()
+    if rank:
+        logging.getLogger("raysseg").setLevel(logging.WARNING)
+    statistics: list[str] = []
+    open_stream = partial(stream.iter_chunks, report=statistics.append)
+    for saved in train_epochs(plan, open_stream, ray.train.torch.get_device()):
+        kept = None
+        if saved.checkpoint_uri:
+            filesystem, path = storage.filesystem(saved.checkpoint_uri)
+            kept = ray.train.Checkpoint(path, filesystem)
+        ray.train.report(saved.row, checkpoint=kept, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
+    if rank == 0:
+        text = "\n".join(statistics)
+        logger.info("Ray Data delivered the training bytes of worker 0:\n%s", text)
+        storage.write_text(storage.join(plan.job.run_uri, "data.log"), text)
+
+
+# --- after --------------------------------------------------------------------------------------------------------
+
+
+def _finish(plan: Plan, counts: dict[str, ClassPixels]) -> TrainResult:
+    """Publishes the best bundle as <run>/bundle, evaluates it once more, and draws the report."""
+    job = plan.job
+    bundle_uri = storage.join(job.run_uri, "bundle")
+    best = json.loads(storage.read_text(storage.join(job.run_uri, "best.json")))
+    if not storage.exists(storage.join(bundle_uri, bundles.MANIFEST)):
+        bundles.copy(storage.join(job.run_uri, best["bundle"]), bundle_uri)
+    evaluation = measure(
+        EvaluateJob(
+            kind="evaluate",
+            name=job.name,
+            task=job.task,
+            data=job.data.val,
+            bundle=bundle_uri,
+            batch=job.batch,
+            precision=job.precision,
+            scaling=job.scaling,
+        ),
+        plan.classes,
+    )
+    report_uri = storage.join(job.run_uri, "report.html")
+    storage.write_text(report_uri, report.render(_report_page(plan, counts, evaluation, best)))
+    metrics = {f"val/{name}": value for name, value in evaluation.metrics.items()}
+    return TrainResult(job.name, metrics, job.run_uri, bundle_uri, report_uri)
+
+
+def _report_page(
+    plan: Plan, counts: dict[str, ClassPixels], evaluation: Evaluation, best: dict[str, Any]
+) -> report.ReportPage:
+    job = plan.job
+    lines = storage.read_text(storage.join(job.run_uri, "metrics.jsonl")).splitlines()
+    history = [json.loads(line) for line in lines]
+    sizes = {"train": len(plan.train), "val": len(plan.val)}
+    facts = {
+        "best epoch": str(next(int(row["epoch"]) + 1 for row in history if row["step"] == best["step"])),
+        "model": f"{job.model.name}, {job.model.weights or 'from scratch'}",
+        "images per second": f"{history[-1]['train/images_per_s']:.1f} in training",
+        "workers": str(job.scaling.workers),
+        "raysseg": bundles.installed_versions()["raysseg"],
+    }
+    return report.ReportPage(
+        title=job.name,
+        task=job.task,
+        classes=plan.classes,
+        job=job.model_dump(mode="json"),
+        metrics=evaluation.metrics,
+        absent=evaluation.absent,
+        confusion=evaluation.confusion[:, :-1],
+        history=history,
+        splits=[
+            report.SplitCounts(split, sizes[split], count.pixels, count.ignored) for split, count in counts.items()
+        ],
+        examples=evaluation.examples,
+        facts=facts,
+        notes=describe_failures(evaluation.failures),
+    )
