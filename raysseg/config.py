@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raysseg import storage
 from raysseg.schema import InputError, Task
@@ -48,24 +48,35 @@ ModelName = Literal[
 class Section(BaseModel):
     """Part of a job: frozen, and strict about its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _name_unknown_keys(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
-            unknown = [key for key in value if key not in cls.model_fields]
+            allowed = list(cls.model_fields)
+            unknown = [str(key) for key in value if key not in allowed]
             if unknown:
-                raise _unknown_key(str(unknown[0]), list(cls.model_fields))
+                errors = [InitErrorDetails(type=_unknown_key(key, allowed), input=None) for key in unknown]
+                raise ValidationError.from_exception_data(cls.__name__, errors)
         return value
 
 
 def _unknown_key(key: str, allowed: Sequence[str]) -> PydanticCustomError:
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    near = [name for name in allowed if _initials(key) == name or _initials(name) == key]
+    near = near or difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
     message = "there is no such key; allowed: {allowed}" + ("; did you mean `{near}`?" if near else "")
-    return PydanticCustomError(
-        "unknown_key", message, {"key": key, "allowed": ", ".join(allowed), "near": (near or [""])[0]}
-    )
+    context = {"key": key, "allowed": ", ".join(allowed), "near": (near or [""])[0]}
+    return PydanticCustomError("unknown_key", message, context)
+
+
+def _not_ordered(key: str, first: float, second: float) -> PydanticCustomError:
+    message = "received [{first}, {second}]; allowed: [smallest, largest]"
+    return PydanticCustomError("not_ordered", message, {"key": key, "first": first, "second": second})
+
+
+def _initials(key: str) -> str:
+    return "".join(word[:1] for word in key.split("_"))
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -137,7 +148,7 @@ class Augment(Section):
     @model_validator(mode="after")
     def _is_ordered(self) -> Self:
         if self.scale[0] > self.scale[1]:
-            raise PydanticCustomError("scale", "`scale` must be [smallest, largest]")
+            raise _not_ordered("scale", *self.scale)
         return self
 
 
@@ -160,7 +171,7 @@ class TrainData(Section):
     @model_validator(mode="before")
     @classmethod
     def _hand_down_on_error(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping) or "on_error" not in value:
+        if not isinstance(value, Mapping) or value.get("on_error") not in ("stop", "skip"):
             return value
         return {
             key: {"on_error": value["on_error"], **part}
@@ -215,7 +226,8 @@ class Optimizer(Section):
     head_lr_factor: Annotated[float, Field(gt=0)] = 1.0
     """The head's learning rate over the backbone's."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW only."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD only."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -257,6 +269,12 @@ class Scaling(Section):
         """Whether the job runs in this process, without Ray."""
         return self.workers == 0
 
+    @model_validator(mode="after")
+    def _is_ordered(self) -> Self:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise _not_ordered("workers", *self.workers)
+        return self
+
 
 class Checkpoint(Section):
     """What is kept, and by which measure."""
@@ -278,10 +296,13 @@ class S3(Section):
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
 class BaseJob(Section):
     """What every job has."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=_NAME)]
     """Of the run: letters, digits, dot, dash, underscore."""
     task: Task
     scaling: Scaling = Scaling()
@@ -310,7 +331,7 @@ class TrainJob(BaseJob):
     """torch.compile."""
     channels_last: bool = False
     """NHWC memory format; faster on many GPUs."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     storage: Uri
     """The run is the folder <storage>/<name>."""
 
@@ -327,15 +348,13 @@ class TrainJob(BaseJob):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.task != "semantic":
-            raise PydanticCustomError(
-                "task", "`model.name` {name} segments semantically; set `task: semantic`", {"name": self.model.name}
-            )
+            message = "`model.name` {name} segments semantically; set `task: semantic`"
+            raise PydanticCustomError("task", message, {"key": "task", "name": self.model.name})
         for split in ("train", "val"):
             source = getattr(self.data, split)
             if isinstance(source, MasksSource) and (source.images is None or source.masks is None):
-                raise PydanticCustomError(
-                    "source", "`data.{split}` needs both `images` and `masks` to train", {"split": split}
-                )
+                message = "needs both `images` and `masks` to train"
+                raise PydanticCustomError("source", message, {"key": f"data.{split}"})
         return self
 
 
@@ -354,10 +373,18 @@ class EvaluateJob(BaseJob):
 
     @model_validator(mode="after")
     def _has_one_side(self) -> Self:
+        if self.task != "semantic":
+            message = "only semantic segmentation is scored; set `task: semantic`"
+            raise PydanticCustomError("task", message, {"key": "task"})
         if (self.bundle is None) == (self.predictions is None):
             raise PydanticCustomError("sides", "give either `bundle` or `predictions`")
         if self.predictions is not None and self.classes is None:
-            raise PydanticCustomError("classes", "`classes` is missing: mask folders don't name their classes")
+            raise PydanticCustomError("classes", "missing: mask folders don't name their classes", {"key": "classes"})
+        if isinstance(self.data, MasksSource):
+            if self.data.masks is None:
+                raise PydanticCustomError("masks", "missing: there is no truth to score by", {"key": "data.masks"})
+            if self.bundle is not None and self.data.images is None:
+                raise PydanticCustomError("images", "missing: a bundle predicts from images", {"key": "data.images"})
         return self
 
 
@@ -422,16 +449,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     except yaml.YAMLError as error:
         raise JobError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise JobError(f"{path}: a job file is a mapping of keys to values; this one holds {type(raw).__name__}")
+        held = "nothing" if raw is None else f"{type(raw).__name__} {text.strip()[:40]!r}"
+        raise JobError(f"{path}: a job file is a mapping of keys to values (`kind: train`, ...); this one holds {held}")
     return parse(_expanded(_overridden(raw, overrides), str(path)), str(path))
 
 
 def parse(raw: Mapping[str, Any], where: str = "job") -> Job:
     """Turns a mapping into a job; raises JobError, see load."""
     kind = raw.get("kind")
-    if kind not in JOBS:
-        raise JobError(f"{where}: kind: received {kind!r}; allowed: {', '.join(JOBS)}")
-    job = parse_as(JOBS[str(kind)], raw, where)
+    if not isinstance(kind, str) or kind not in JOBS:
+        received = f"received {json.dumps(kind, default=str)}" if "kind" in raw else "missing"
+        raise JobError(f"{where}: kind: {received}; allowed: {', '.join(JOBS)}")
+    job = parse_as(JOBS[kind], raw, where)
     storage.use_s3(job.s3.endpoint, job.s3.region, job.s3.anonymous)
     return job
 
@@ -441,8 +470,8 @@ def parse_as(job_class: type[AnyJob], raw: Mapping[str, Any], where: str = "job"
     try:
         return job_class.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{where}: {_explained(details, raw)}" for details in error.errors(include_url=False)]
-        raise JobError("\n".join(lines)) from error
+        lines = _explained(error.errors(include_url=False), raw)
+        raise JobError("\n".join(f"{where}: {line}" for line in lines)) from error
 
 
 def json_schema() -> dict[str, Any]:
@@ -497,33 +526,82 @@ def _expanded(value: Any, where: str) -> Any:
     return _VARIABLE.sub(expand, value)
 
 
-def _explained(details: ErrorDetails, raw: Mapping[str, Any]) -> str:
-    """One mistake in a line: the dotted key, the value, what is allowed."""
-    keys = list(_present_keys(details["loc"], raw))
-    context = details.get("ctx", {})
-    if details["type"] == "unknown_key":
-        return f"{'.'.join([*keys, context['key']])}: {details['msg']}"
-    dotted = ".".join(keys) or "job"
-    if details["type"] == "missing":
-        return f"{dotted}: missing; every {raw.get('kind')} job needs it"
-    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        received, allowed = context.get("tag", "nothing"), context.get("expected_tags", "'masks', 'shards'")
-        return f"{dotted}.format: received {received!r}; allowed: {allowed}"
-    if isinstance(details["input"], Mapping):
-        return f"{dotted}: {details['msg']}"
-    return f"{dotted}: received {json.dumps(details['input'], default=str)}: {details['msg']}"
+# What is allowed, by the type of pydantic's error; errors of our own bring their sentence.
+_ALLOWED = {
+    "greater_than": "numbers above {gt:g}",
+    "greater_than_equal": "numbers from {ge:g} on",
+    "less_than": "numbers below {lt:g}",
+    "less_than_equal": "numbers up to {le:g}",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+    "too_long": "a list of {max_length}",
+    "string_pattern_mismatch": "letters, digits, '.', '-' and '_', beginning with a letter or digit",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+}
 
 
-def _present_keys(loc: tuple[int | str, ...], raw: Any) -> Iterator[str]:
-    """The parts of a pydantic location that are keys of the file (unions put their own names in between)."""
+def _explained(errors: Sequence[ErrorDetails], raw: Mapping[str, Any]) -> list[str]:
+    """A line a mistake: the dotted key, the value, what is allowed.
+
+    Where a value may be of several kinds, pydantic reports each kind that it is not: the errors that come furthest into
+    the value stand for all of them.
+    """
+    places = [tuple(_place(details, raw)) for details in errors]
+    reasons: dict[tuple[str, ...], dict[str, ErrorDetails]] = {}
+    for place, details in zip(places, errors, strict=True):
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places):
+            reasons.setdefault(place, {})[details["type"]] = details
+    return [_line(".".join(place) or "job", list(found.values())) for place, found in reasons.items()]
+
+
+def _line(key: str, errors: Sequence[ErrorDetails]) -> str:
+    kind, value, context = errors[0]["type"], errors[0]["input"], errors[0].get("ctx", {})
+    if kind == "union_tag_invalid":
+        return f"{key}: received {json.dumps(context['tag'], default=str)}; allowed: {context['expected_tags']}"
+    if kind == "union_tag_not_found" or (kind == "missing" and isinstance(errors[0]["loc"][-1], str)):
+        return f"{key}: missing; it has no default"
+    if len(errors) == 1 and kind not in (*_ALLOWED, "missing"):
+        reason = errors[0]["msg"].removeprefix("Value error, ")
+        is_whole = kind == "unknown_key" or isinstance(value, BaseModel | Mapping)
+        return f"{key}: {reason}" if is_whole else f"{key}: received {json.dumps(value, default=str)}; {reason}"
+    allowed = [_allowed(details) for details in errors]
+    return f"{key}: received {json.dumps(value, default=str)}; allowed: {', or '.join(allowed)}"
+
+
+def _allowed(details: ErrorDetails) -> str:
+    if details["type"] == "missing":  # an entry of a list
+        return f"a list of {int(details['loc'][-1]) + 1}"
+    template = _ALLOWED.get(details["type"])
+    return template.format(**details.get("ctx", {})) if template else details["msg"]
+
+
+def _place(details: ErrorDetails, raw: Any) -> Iterator[str]:
+    """The keys of the file that lead to a mistake: pydantic puts the names of unions' branches in between."""
+    loc, kind = details["loc"], details["type"]
+    has_tag = True  # of a union told apart by `format`: comes once, before the keys of the mapping
     for i, part in enumerate(loc):
-        is_last = i == len(loc) - 1
-        if isinstance(raw, Mapping) and (part in raw or is_last):
-            raw = raw.get(part)
+        if isinstance(raw, Mapping) and has_tag and part == raw.get("format"):
+            has_tag = False
+        elif isinstance(raw, Mapping) and (part in raw or (kind == "missing" and i == len(loc) - 1)):
+            raw, has_tag = raw.get(part), True
             yield str(part)
         elif isinstance(raw, list | tuple) and isinstance(part, int) and part < len(raw):
             raw = raw[part]
             yield str(part)
+    if kind.startswith("union_tag"):
+        yield "format"
+    if "key" in (context := details.get("ctx", {})):
+        yield from [context["key"]] if kind == "unknown_key" else context["key"].split(".")
 
 
 MODEL_NAMES: tuple[str, ...] = get_args(ModelName)

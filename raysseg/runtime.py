@@ -47,18 +47,19 @@ def connect() -> None:
 
     The endpoint and region of the S3 storage go along to the workers; credentials are the cluster's own affair.
     """
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # before the import: some are read then
     import ray
 
     if ray.is_initialized():
         return
-    for name, value in QUIET_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    forwarded = {name: os.environ[name] for name in S3_ENVIRONMENT if name in os.environ}
-    ray.init(
-        runtime_env={"env_vars": forwarded | QUIET_ENVIRONMENT} if "RAY_ADDRESS" in os.environ else None,
-        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
-        logging_level=logging.WARNING,
-    )
+    if "RAY_ADDRESS" in os.environ:
+        forwarded = {name: os.environ[name] for name in S3_ENVIRONMENT if name in os.environ}
+        ray.init(runtime_env={"env_vars": forwarded | QUIET_ENVIRONMENT}, logging_level=logging.WARNING)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster listens on loopback
+        quiet = ray.LoggingConfig(log_level="ERROR")
+        ray.init(include_dashboard=False, logging_level=logging.WARNING, logging_config=quiet)
     resources = ray.cluster_resources()
     shown = ", ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
     logger.info(

@@ -179,16 +179,21 @@ def open_input(uri: str) -> pa.NativeFile:
 
 def read_bytes(uri: str) -> bytes:
     """The content of a file: of one version, whole, even while another one replaces it."""
+    if not is_remote(uri):
+        with translated(uri):
+            return Path(absolute(uri)).read_bytes()
     for _ in range(10):
-        with translated(uri), open_input(uri) as stream:
-            content: bytes = stream.read()
-            if not is_remote(uri):
-                return content
-            # pyarrow asks for an object's size and then for that many bytes, which may be another version's by now.
-            with open_input(uri) as again:
-                if again.metadata() == stream.metadata():
-                    return content
-    raise StorageError(uri, "it is replaced faster than it can be read", _LATER, is_transient=True)
+        try:
+            with translated(uri), open_input(uri) as stream:
+                content: bytes = stream.read()
+                # pyarrow asks for the size and then for that many bytes, which may be another version's by now.
+                with open_input(uri) as again:
+                    if again.metadata() == stream.metadata():
+                        return content
+        except StorageError as error:
+            if error.reason != _REPLACED:
+                raise
+    raise StorageError(uri, _REPLACED, _LATER, is_transient=True)
 
 
 def read_text(uri: str) -> str:
@@ -374,8 +379,7 @@ def fetch_folder(uri: str, manifest_name: str, verify: bool = True, into: Path |
     """
     manifest = read_manifest(uri, manifest_name)
     files = _listed_files(manifest)
-    key = hashlib.sha256(_to_json(manifest).encode()).hexdigest()[:32]  # it holds the hashes of all files
-    cache = Path(_variable("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raysseg" / key
+    cache = _cache(_to_json(manifest))  # the manifest holds the hashes of all files
     folder = (into or cache) if is_remote(uri) else Path(absolute(uri))
 
     def fetch(name: str) -> None:
@@ -390,6 +394,31 @@ def fetch_folder(uri: str, manifest_name: str, verify: bool = True, into: Path |
     if is_remote(uri):
         write_text(str(folder / manifest_name), _to_json(manifest))
     return folder
+
+
+def fetch_files(uri: str) -> Path:
+    """Any folder as a local one: itself if it is local, else a copy in the user's cache, known by names and sizes.
+
+    Raises:
+        StorageError: there is no file in it.
+    """
+    if not is_remote(uri):
+        return Path(absolute(uri))
+    entries = list_files(uri)
+    if not entries:
+        raise StorageError(uri, "the folder is empty or missing", "Correct its name.")
+    folder = _cache(f"{uri} {entries}")
+    for entry in entries:
+        local = folder / entry.path
+        if not (local.is_file() and local.stat().st_size == entry.size):
+            _copy(join(uri, entry.path), str(local))
+    return folder
+
+
+def _cache(content: str) -> Path:
+    """The cache's folder for some content; it can be deleted at any time."""
+    key = hashlib.sha256(content.encode()).hexdigest()[:32]
+    return Path(_variable("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raysseg" / key
 
 
 def _listed_files(manifest: Mapping[str, object]) -> dict[str, tuple[int, str]]:
@@ -418,6 +447,7 @@ _ALLOW = f"Allow it there, or change the credentials. {_KEYS} AWS_NO_SIGN_REQUES
 _ROOM = "Free some space or use another storage, then run the same command again."
 _ENDPOINT = "Check that it runs and can be reached from here; for S3, that AWS_ENDPOINT_URL_S3 is right."
 _CERTIFICATE = "Set AWS_CA_BUNDLE to a file that holds the certificate of its authority."
+_REPLACED = "it was replaced while it was read"
 _LATER = "Run the same command again later."
 _ELSEWHERE = "Use another storage, or make this one writable."
 
@@ -449,6 +479,7 @@ _TEXTS = (
     (r"curl\D*(35|60|77)\b", "the certificate of {endpoint} is not trusted", _CERTIFICATE),
 )
 _TRANSIENT_TEXTS = (
+    (r"status 416", _REPLACED, _LATER),  # there are fewer bytes than a moment ago
     (r"curl\D*6\b", "the host of {endpoint} can't be found", _ENDPOINT),
     (r"curl\D*7\b", "{endpoint} refuses the connection", _ENDPOINT),
     (r"curl\D*28\b", "{endpoint} does not answer in time", _ENDPOINT),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from raysseg.masks import BINARY_MEND, to_dense
 from raysseg.metrics import METRICS
 from raysseg.runtime import as_input_error, connect, gpus_per_worker, log_to_stderr, num_shares, spread
 from raysseg.schema import ClassMap, InputError
-from raysseg.worker import Plan, train_epochs
+from raysseg.worker import Plan, Saved, train_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +154,8 @@ def _open_run(job: TrainJob) -> None:
         moved = sorted(_differences(_fixed(before), _fixed(now)))
         if moved:
             raise InputError(
-                f"{job.run_uri}: this run exists with other settings: {'; '.join(moved[:5])}. Give the job another name, "
-                "set these back to go on with the run, or delete its folder"
+                f"{job.run_uri}: this run exists with other settings: {'; '.join(moved[:5])}. Give the job another "
+                "name, set these back to go on with the run, or delete its folder"
             )
     storage.write_text(uri, json.dumps(now, indent=2))
 
@@ -189,8 +192,7 @@ def _train_here(plan: Plan) -> None:
 def _train_on_ray(plan: Plan) -> None:
     """All epochs in Ray Train's workers, fed by Ray Data.
 
-    Checkpoints are ours, on the run's storage: Ray is told of them and copies nothing. Its own state goes to <run>/ray,
-    under a new name each time, since it is our checkpoints that a run goes on from.
+    Ray's own state goes to <run>/ray, under a new name each time: it is our checkpoints that a run goes on from.
     """
     import ray.train
     import ray.train.torch
@@ -213,6 +215,7 @@ def _train_on_ray(plan: Plan) -> None:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # its files hold the rest
         ),
     )
     try:
@@ -242,6 +245,8 @@ def _run_rank(settings: dict[str, Any]) -> None:
     from raysseg.data import stream
 
     log_to_stderr()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # a hint on speed, for GPUs
     plan: Plan = ray.get(settings["plan"])
     rank = ray.train.get_context().get_world_rank()
     if rank:
@@ -249,15 +254,23 @@ def _run_rank(settings: dict[str, Any]) -> None:
     statistics: list[str] = []
     open_stream = partial(stream.iter_chunks, report=statistics.append)
     for saved in train_epochs(plan, open_stream, ray.train.torch.get_device()):
-        kept = None
-        if saved.checkpoint_uri:
-            filesystem, path = storage.filesystem(saved.checkpoint_uri)
-            kept = ray.train.Checkpoint(path, filesystem)
-        ray.train.report(saved.row, checkpoint=kept, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
+        _report_to_ray(saved)
     if rank == 0:
         text = "\n".join(statistics)
         logger.info("Ray Data delivered the training bytes of worker 0:\n%s", text)
         storage.write_text(storage.join(plan.job.run_uri, "data.log"), text)
+
+
+def _report_to_ray(saved: Saved) -> None:
+    """Tells Ray Train of an epoch; its checkpoint is a pointer to ours, so that nothing is copied."""
+    import ray.train
+
+    if not saved.checkpoint_uri:
+        ray.train.report(saved.row)
+        return
+    with tempfile.TemporaryDirectory(prefix="raysseg-") as folder:
+        (Path(folder) / "pointer.json").write_text(json.dumps({"uri": saved.checkpoint_uri}))
+        ray.train.report(saved.row, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 # --- after --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import boto3
 import pytest
 
 from jobs.s3_server import s3_server as running_s3_server
-from raysseg import storage
+from raysseg import config, runtime, storage
+from raysseg.data.example import draw_example
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +32,38 @@ def s3_bucket(s3_server: str) -> str:
     name = f"test-{uuid4().hex[:12]}"
     boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: str) -> Iterator[None]:
+    """One local Ray for the session, which knows the S3 server; starting it takes long."""
+    import ray
+
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(num_cpus=3, include_dashboard=False, logging_config=ray.LoggingConfig(log_level="ERROR"))
+    runtime.connect()  # finds it running
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small example data set: 22 training scenes, 21 for validation."""
+    folder = tmp_path_factory.mktemp("example")
+    draw_example(folder, num_train=22, num_val=21, size=(96, 128))
+    return folder
+
+
+def example_job(data: str, runs: str, *overrides: str) -> config.TrainJob:
+    """A short train job on an example data set."""
+    base = [
+        f"classes={data}/classes.json",
+        *(f"data.{split}.{kind}={data}/{split}/{kind}" for split in ("train", "val") for kind in ("images", "masks")),
+        f"storage={runs}",
+        "data.crop=[64, 64]",
+        "schedule.epochs=2",
+        "batch={global_size: 8, per_worker: 2}",
+    ]
+    job = config.load("jobs/example-segformer-semantic.yaml", [*base, *overrides])
+    assert isinstance(job, config.TrainJob)
+    return job

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.segformer.configuration_segformer import SegformerConfig
 from transformers.models.segformer.modeling_segformer import SegformerForSemanticSegmentation
+from transformers.utils.logging import disable_progress_bar
 
 from raysseg import storage
 from raysseg.config import Loss, Model
@@ -21,6 +22,7 @@ from raysseg.models.base import Outputs, SegModel, Targets, to_label_map
 from raysseg.schema import ClassMap, InputError
 
 logger = logging.getLogger(__name__)
+disable_progress_bar()  # of loading and saving: a small model takes no time
 
 # depths, hidden sizes, decoder width: table 6 of the paper, and one for tests
 SIZES: dict[str, tuple[list[int], list[int], int]] = {
@@ -113,7 +115,7 @@ def build(
     if model.weights is None:
         config = SegformerConfig(depths=depths, hidden_sizes=hidden_sizes, decoder_hidden_size=decoder_size)
         return SegFormer(SegformerForSemanticSegmentation(_with_labels(config, classes)), classes, loss, class_weights)
-    source = str(storage.fetch_plain(model.weights)) if storage.is_remote(model.weights) else model.weights
+    source = str(storage.fetch_files(model.weights)) if storage.is_remote(model.weights) else model.weights
     try:
         config = SegformerConfig.from_pretrained(source)
         names_before = dict(config.id2label)

@@ -1,0 +1,33 @@
+# Every target sets up .venv by itself where it is missing. Needs Python 3.11 or newer, and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: install demo test check bench clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q uv
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## the main job: S3 -> Ray Data -> Ray Train on 2 CPU workers -> an evaluated model and its report
+	$(BIN)/python -m jobs.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.bench_metrics
+	$(BIN)/python -m benchmarks.bench_train
+	$(BIN)/python -m benchmarks.bench_startup
+
+clean:
+	rm -rf .venv demo runs

@@ -1,0 +1,224 @@
+"""Training against plain torch: `fit` against a hand-written loop, and two Ray Train workers against plain DDP."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.segformer.modeling_segformer import SegformerForSemanticSegmentation
+
+from benchmarks.commands import run
+from benchmarks.results import compare, device_name, write_result
+from raysseg import config
+from raysseg.data import read_class_map
+from raysseg.data.batches import Batch
+from raysseg.data.example import draw_example
+from raysseg.loop import CheckpointDue, build_state, fit, learning_rate_factor, resolve_precision, wrap
+from raysseg.models import SegModel, build_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NUM_CLASSES = 19
+EXAMPLE_JOB = "jobs/example-segformer-semantic.yaml"
+
+Round = Callable[[], float]
+"""Trains for one round; returns its images/s."""
+
+
+# --- the loop alone -----------------------------------------------------------------------------------------------
+
+
+def synthetic_job(
+    *, crop: int, batch: int, epochs: int, is_compiled: bool = False, channels_last: bool = False
+) -> config.TrainJob:
+    """A job for SegFormer-B0 that names no data of its own."""
+    raw = {
+        "kind": "train",
+        "name": "loop",
+        "task": "semantic",
+        "classes": [f"class {i}" for i in range(NUM_CLASSES)],
+        "data": {"train": {"images": "-", "masks": "-"}, "val": {"images": "-", "masks": "-"}, "crop": [crop, crop]},
+        "model": {"name": "segformer-b0", "weights": None},
+        "schedule": {"epochs": epochs},
+        "batch": {"global_size": batch, "per_worker": batch},
+        "compile": is_compiled,
+        "channels_last": channels_last,
+        "storage": "-",
+    }
+    return config.parse_as(config.TrainJob, raw)
+
+
+def random_batches(job: config.TrainJob, number: int) -> list[Batch]:
+    rng = np.random.default_rng(0)
+    shape = (job.batch.global_size, *job.data.crop)
+    weights, positions = np.ones(shape[0], np.float32), np.arange(shape[0])
+    return [
+        Batch(
+            rng.integers(0, 256, (*shape, 3), np.uint8),
+            rng.integers(0, NUM_CLASSES, shape, np.uint8),
+            weights,
+            positions,
+        )
+        for _ in range(number)
+    ]
+
+
+def build(job: config.TrainJob) -> SegModel:
+    torch.manual_seed(job.seed)
+    return build_model(job.model, read_class_map(job.classes), job.loss).to(DEVICE)
+
+
+def our_round(job: config.TrainJob, batches: list[Batch], steps: int) -> Round:
+    """`fit`, an epoch a round."""
+    dtype = resolve_precision(job.precision, DEVICE)
+    state = build_state(build(job), job.optimizer, dtype)
+    model = wrap(state.model, is_compiled=job.compile, channels_last=job.channels_last)
+    num_samples = steps * job.batch.global_size
+    feed = cycle([[batch] for batch in batches])
+    events = fit(model, state, feed, num_samples=num_samples, order_hash="", job=job, dtype=dtype)
+
+    def train() -> float:
+        started = time.perf_counter()
+        for event in events:
+            if isinstance(event, CheckpointDue):
+                break
+        synchronise()
+        return num_samples / (time.perf_counter() - started)
+
+    return train
+
+
+def plain_round(job: config.TrainJob, batches: list[Batch], steps: int) -> Round:
+    """The loop that one writes by hand around transformers' model and its own loss."""
+    dtype = resolve_precision(job.precision, DEVICE)
+    built = build(job)
+    net: SegformerForSemanticSegmentation = built.net
+    tensors = cycle([to_tensors(batch) for batch in batches])
+    optimizer = torch.optim.AdamW(
+        net.parameters(), job.optimizer.lr, weight_decay=job.optimizer.weight_decay, fused=DEVICE.type == "cuda"
+    )
+    factor = partial(learning_rate_factor, job.schedule, total=steps * job.schedule.epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    net.train()
+
+    def train() -> float:
+        started = time.perf_counter()
+        total = torch.zeros((), device=DEVICE)
+        for _ in range(steps):
+            images, labels = (tensor.to(DEVICE, non_blocking=True) for tensor in next(tensors))
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                loss = net(pixel_values=(images.float() - built.mean) / built.std, labels=labels).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), job.optimizer.clip_norm)
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+        total.item()
+        synchronise()
+        return steps * job.batch.global_size / (time.perf_counter() - started)
+
+    return train
+
+
+def to_tensors(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) uint8 and labels (B, H, W) int64, pinned where there is a GPU."""
+    pair = torch.from_numpy(batch.images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(batch.labels).long()
+    return (pair[0].pin_memory(), pair[1].pin_memory()) if DEVICE.type == "cuda" else pair
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(ours: Round, peer: Round, rounds: int) -> tuple[list[float], list[float]]:
+    """Images/s of both, in turn; each has warmed up for a round."""
+    ours(), peer()
+    pairs = [(ours(), peer()) for _ in range(rounds)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def bench_loop(rounds: int, steps: int) -> tuple[dict[str, str | float], dict[str, object]]:
+    crop, batch = (512, 16) if DEVICE.type == "cuda" else (128, 4)
+    job = synthetic_job(crop=crop, batch=batch, epochs=rounds + 1)
+    batches = random_batches(job, 4)
+    ours, peer = alternate(our_round(job, batches, steps), plain_round(job, batches, steps), rounds)
+    settings = {
+        "model": job.model.name,
+        "crop": crop,
+        "batch": batch,
+        "dtype": str(resolve_precision(job.precision, DEVICE)),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "steps a round": steps,
+    }
+    return compare("loop, images/s", ours, peer, ">= 0.98"), settings
+
+
+# --- two workers --------------------------------------------------------------------------------------------------
+
+
+def bench_ray(rounds: int, epochs: int, num_images: int) -> tuple[list[dict[str, str | float]], dict[str, object]]:
+    overrides = [f"schedule.epochs={epochs}", "loss.dice=0"]  # the loss that transformers' model has built in
+    started: tuple[list[float], list[float]] = ([], [])
+    rates: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            draw_example(Path(folder, "data"), num_train=num_images, num_val=16)
+            environment = {"EXAMPLE": f"{folder}/data", "RUNS": f"{folder}/runs"}
+            seconds, _ = run(["-m", "raysseg.cli", "train", EXAMPLE_JOB, *overrides], environment, "step 1/")
+            rows = Path(folder, "runs/example-segformer/metrics.jsonl").read_text().splitlines()
+            started[0].append(seconds)
+            rates[0].extend(json.loads(row)["train/images_per_s"] for row in rows[1:])
+            seconds, lines = run(["-m", "benchmarks.plain_ddp", EXAMPLE_JOB, *overrides], environment, "FIRST STEP")
+            epoch_rates = [float(line.split()[1]) for line in lines if line.startswith("images/s ")]
+            started[1].append(seconds)
+            rates[1].extend(epoch_rates[1:])
+    rows = [
+        compare("2 workers, images/s", *rates, ">= 0.95"),
+        compare("2 workers, s to the first step", *started, "-"),
+    ]
+    settings = {
+        "job": EXAMPLE_JOB,
+        "overrides": overrides,
+        "training images": num_images,
+        "rounds": rounds,
+        "images/s": "of the epochs after the first, without validation",
+        "peer": "DDP over gloo, 2 processes of 1 thread, a DataLoader worker each",
+    }
+    return rows, settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("loop", "ray"), help="default: both")
+    parser.add_argument("--rounds", type=int, default=7, help="of the loop")
+    parser.add_argument("--steps", type=int, default=8, help="of a round of the loop")
+    parser.add_argument("--ray-rounds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4, help="of a run with two workers; the first is not counted")
+    parser.add_argument("--images", type=int, default=320, help="for the runs with two workers")
+    options = parser.parse_args()
+    if options.epochs < 2:
+        parser.error("--epochs: the first is not counted, so give at least 2")
+    rows: list[dict[str, str | float]] = []
+    settings: dict[str, object] = {}
+    if options.part != "ray":
+        row, settings["loop"] = bench_loop(options.rounds, options.steps)
+        rows.append(row)
+    if options.part != "loop":
+        more, settings["ray"] = bench_ray(options.ray_rounds, options.epochs, options.images)
+        rows += more
+    write_result(f"train-{options.part}" if options.part else "train", device_name(), rows, settings)
+
+
+if __name__ == "__main__":
+    main()

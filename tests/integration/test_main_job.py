@@ -1,0 +1,184 @@
+"""The main job for real: S3, Ray Data, Ray Train, and the same without Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raysseg import storage
+from raysseg.bundle import read as read_bundle
+from raysseg.config import EvaluateJob, TrainJob, parse_as
+from raysseg.data import read_class_map, read_index
+from raysseg.data.batches import iter_chunks
+from raysseg.evaluate import evaluate
+from raysseg.predictor import Predictor
+from raysseg.train import TrainResult, train
+from raysseg.worker import Plan, train_epochs
+from tests.conftest import example_job
+
+
+def put(folder: Path, uri: str) -> str:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            storage.write_bytes(f"{uri}/{path.relative_to(folder)}", path.read_bytes())
+    return uri
+
+
+def rows(run: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in storage.read_text(f"{run}/metrics.jsonl").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(example: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """Two epochs in this process."""
+    runs = tmp_path_factory.mktemp("runs")
+    return train(example_job(str(example), str(runs), "scaling.workers=0", "name=here"))
+
+
+def test_run_has_what_it_promises(trained: TrainResult) -> None:
+    for name in (
+        "job.json",
+        "metrics.jsonl",
+        "best.json",
+        "report.html",
+        "bundle/bundle.json",
+        "bundle/model.safetensors",
+    ):
+        assert storage.exists(f"{trained.run}/{name}"), name
+    assert [row["epoch"] for row in rows(trained.run)] == [0, 1]
+    best = json.loads(storage.read_text(f"{trained.run}/best.json"))
+    assert best["value"] == max(row["val/miou"] for row in rows(trained.run)) == trained.metrics["val/miou"]
+
+
+def test_loss_goes_down(trained: TrainResult) -> None:
+    first, last = rows(trained.run)[0], rows(trained.run)[-1]
+    assert last["train/loss"] < first["train/loss"]
+
+
+def test_transformers_loads_the_bundle_and_gives_the_same_logits(trained: TrainResult, example: Path) -> None:
+    from transformers import AutoImageProcessor, SegformerForSemanticSegmentation
+
+    image = Image.open(next((example / "val/images").glob("*.jpg")))
+    processor = AutoImageProcessor.from_pretrained(trained.bundle)
+    with torch.inference_mode():
+        theirs = SegformerForSemanticSegmentation.from_pretrained(trained.bundle)(
+            **processor(image, return_tensors="pt")
+        )
+    ours = Predictor(trained.bundle).logits(np.array(image.convert("RGB")))
+    torch.testing.assert_close(ours, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_predictions_do_not_depend_on_their_company(trained: TrainResult) -> None:
+    rng = np.random.default_rng(0)
+    images = [
+        rng.integers(0, 256, size, dtype=np.uint8) for size in ((96, 128, 3), (50, 70, 3), (96, 128, 3), (33, 1, 3))
+    ]
+    predictor = Predictor(trained.bundle)
+    together = predictor.predict(images)
+    assert [m.labels.shape for m in together] == [i.shape[:2] for i in images]
+    for image, found in zip(images, together, strict=True):
+        (alone,) = predictor.predict([image])
+        assert (alone.labels == found.labels).mean() > 0.999
+
+
+def test_same_command_again_does_nothing_twice(trained: TrainResult, example: Path) -> None:
+    before = storage.read_text(f"{trained.run}/metrics.jsonl")
+    again = train(example_job(str(example), str(Path(trained.run).parent), "scaling.workers=0", "name=here"))
+    assert again.metrics == trained.metrics
+    assert storage.read_text(f"{trained.run}/metrics.jsonl") == before
+
+
+def test_broken_off_run_ends_as_an_unbroken_one(
+    trained: TrainResult, example: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Bit for bit: weights after one epoch, a stop, and one more equal those of two epochs at once."""
+    job = example_job(str(example), str(tmp_path), "scaling.workers=0", "name=broken")
+    epochs = train_epochs(plan_of(job), iter_chunks, torch.device("cpu"))
+    next(epochs)
+    epochs.close()
+    logging.getLogger("raysseg").propagate = True
+    with caplog.at_level(logging.INFO, logger="raysseg"):
+        resumed = train(job)
+    assert "resumed from" in caplog.text
+    assert "epoch 2, position 0" in caplog.text
+    assert [r["train/loss"] for r in rows(resumed.run)] == [r["train/loss"] for r in rows(trained.run)]
+    assert resumed.metrics == trained.metrics
+
+
+def plan_of(job: TrainJob) -> Plan:
+    assert isinstance(job.classes, str)
+    return Plan(job, read_class_map(job.classes), read_index(job.data.train), read_index(job.data.val), None, {})
+
+
+def test_damaged_checkpoint_is_passed_over(example: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = example_job(str(example), str(tmp_path), "scaling.workers=0", "name=damaged", "schedule.epochs=3")
+    epochs = train_epochs(plan_of(job), iter_chunks, torch.device("cpu"))
+    newest = [next(epochs).checkpoint_uri for _ in range(2)][-1]
+    epochs.close()
+    state = Path(newest, "state.pt")
+    state.write_bytes(state.read_bytes()[:-1] + b"!")
+    logging.getLogger("raysseg").propagate = True
+    with caplog.at_level(logging.INFO, logger="raysseg"):
+        train(job)
+    assert "checkpoint passed over" in caplog.text
+    assert "epoch 2, position 0" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def trained_on_ray(
+    ray_cluster: None, example: Path, s3_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> TrainResult:
+    """The main job: shards and folders in S3, two workers."""
+    import boto3
+
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="main-job")
+    data = put(example, "s3://main-job/data")
+    return train(example_job(data, "s3://main-job/runs", "scaling={workers: 2, cpus_per_worker: 0.5}", "name=on-ray"))
+
+
+def test_ray_delivers_and_trains_as_this_process_does(trained_on_ray: TrainResult, trained: TrainResult) -> None:
+    """The same samples in the same global batches: the losses differ by BatchNorm's share of a batch alone."""
+    ours, theirs = rows(trained_on_ray.run), rows(trained.run)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    np.testing.assert_allclose([r["train/loss"] for r in ours], [r["train/loss"] for r in theirs], rtol=0.1)
+
+
+def test_ray_data_delivered_the_training_bytes(trained_on_ray: TrainResult) -> None:
+    log = storage.read_text(f"{trained_on_ray.run}/data.log")
+    assert "Operator" in log
+    assert "_load_block" in log
+    assert read_bundle(trained_on_ray.bundle).metrics["val/miou"] == trained_on_ray.metrics["val/miou"]
+
+
+def test_evaluation_is_the_same_for_any_number_of_workers(trained_on_ray: TrainResult, example: Path) -> None:
+    data = {"format": "masks", "images": str(example / "val/images"), "masks": str(example / "val/masks")}
+    job = parse_as(
+        EvaluateJob,
+        {"kind": "evaluate", "name": "check", "task": "semantic", "data": data, "bundle": trained_on_ray.bundle},
+    )
+    found = [
+        evaluate(
+            job.model_copy(update={"scaling": job.scaling.model_copy(update={"workers": n, "cpus_per_worker": 0.5})})
+        )
+        for n in (0, 1, 2, 3)
+    ]
+    assert found[0].num_samples == 21
+    assert all(replace(other, name="check") == found[0] for other in found[1:])
+
+
+def test_bad_sample_on_ray_is_the_users_error(ray_cluster: None, example: Path, s3_bucket: str) -> None:
+    from raysseg.schema import InputError
+
+    data = put(example, f"{s3_bucket}/data")
+    names = [entry.path for entry in storage.list_files(f"{data}/train/images")]
+    storage.write_bytes(f"{data}/train/images/{names[7]}", b"no image")
+    job = example_job(data, f"{s3_bucket}/runs", "scaling={workers: 2, cpus_per_worker: 0.5}", "name=bad")
+    with pytest.raises(InputError, match=f"{Path(names[7]).stem}: the image can't be decoded"):
+        train(job)

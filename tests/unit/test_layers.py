@@ -1,0 +1,59 @@
+"""Imports point downwards, and Ray is imported by the stages alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "raysseg"
+FLOORS = [  # ground first; a module imports from the floors below its own, or from its own package
+    {"schema"},
+    {"storage"},
+    {"config"},
+    {"masks", "losses", "ledger"},
+    {"data", "models", "metrics"},
+    {"loop", "bundle"},
+    {"checkpoint", "predictor", "report", "runtime"},
+    {"worker"},
+    {"evaluate", "shard"},
+    {"train"},
+    {"cli"},
+]
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+MAY_IMPORT_RAY = {"runtime", "train", "data/stream"}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imports(path):
+        if name.startswith("raysseg."):
+            other = name.split(".")[1]
+            assert other == room or FLOOR[other] < FLOOR[room], f"{room} imports {other}"
+        if name.split(".")[0] == "ray":
+            assert str(path.relative_to(PACKAGE).with_suffix("")) in MAY_IMPORT_RAY
+
+
+def test_a_job_without_workers_never_loads_ray() -> None:
+    script = "import sys, raysseg.train, raysseg.evaluate, raysseg.shard; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_data_workers_start_without_torch() -> None:
+    script = "import sys, raysseg.data.batches; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
