@@ -52,10 +52,9 @@ def read_pairs(folder: str, limit: int | None) -> tuple[Pairs, ClassMap]:
     index = read_index(MasksSource(masks=f"{folder}/val/masks"))
     samples = read_samples(index.take(np.arange(len(index))[:limit]), with_images=False)
     truths = [to_dense(sample, classes).labels for sample in samples if not isinstance(sample, Failure)]
-    shifted = [np.roll(truth, SHIFT, axis=(0, 1)) for truth in truths]
-    return [
-        (np.where(s == classes.ignore, 0, s).astype(s.dtype), t) for s, t in zip(shifted, truths, strict=True)
-    ], classes
+    rolled = [np.roll(truth, SHIFT, axis=(0, 1)) for truth in truths]
+    predictions = [np.where(ids == classes.ignore, 0, ids).astype(ids.dtype) for ids in rolled]
+    return list(zip(predictions, truths, strict=True)), classes
 
 
 def masks_per_s(mean_iou: Callable[[Pairs, ClassMap], float], pairs: Pairs, classes: ClassMap) -> float:
@@ -71,11 +70,10 @@ def main() -> None:
     parser.add_argument("--masks", type=int, help="as many only (default: all)")
     options = parser.parse_args()
     pairs, classes = read_pairs(f"{options.data}/camvid", options.masks)
-    values = [mean_iou(pairs, classes) for mean_iou in (our_mean_iou, published_mean_iou)]
+    sides = (our_mean_iou, published_mean_iou)
+    values = [mean_iou(pairs, classes) for mean_iou in sides]
     assert abs(values[0] - values[1]) < 1e-9, values
-    rates = [
-        [masks_per_s(f, pairs, classes) for f in (our_mean_iou, published_mean_iou)] for _ in range(options.rounds)
-    ]
+    rates = [[masks_per_s(mean_iou, pairs, classes) for mean_iou in sides] for _ in range(options.rounds)]
     ours, peer = zip(*rates, strict=True)
     settings = {
         "masks": len(pairs),

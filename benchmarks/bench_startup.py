@@ -34,11 +34,9 @@ def main() -> None:
             times["ours"].append(our_start(data))
             times["imports"].append(run(["-c", IMPORTS], {})[0])
             times["here"].append(our_start(data, "scaling.workers=0"))
-    here = compare("0 workers against bare imports, s to the first step", times["here"], times["imports"], "")
+    here = compare("0 workers over bare imports, s to step 1", times["here"], times["imports"], "")
     here["target"] = f"{here['ours'] - here['peer']:+.1f} s, at most +3"
-    rows = [
-        compare("2 workers against a bare TorchTrainer, s to the first step", times["ours"], times["bare"], "< 1.10")
-    ]
+    rows = [compare("2 workers over a bare TorchTrainer, s to step 1", times["ours"], times["bare"], "< 1.10")]
     write_result("startup", device_name(), [*rows, here], {"job": JOB, "rounds": rounds, "seconds": times})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from raysseg.data import read_class_map
 from raysseg.data.batches import Batch
 from raysseg.data.example import draw_example
 from raysseg.loop import CheckpointDue, build_state, fit, learning_rate_factor, resolve_precision, wrap
-from raysseg.models import SegModel, build_model
+from raysseg.models import SegModel, Targets, build_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_CLASSES = 19
@@ -40,12 +41,13 @@ def synthetic_job(
     *, crop: int, batch: int, epochs: int, is_compiled: bool = False, channels_last: bool = False
 ) -> config.TrainJob:
     """A job for SegFormer-B0 that names no data of its own."""
+    nowhere = {"format": "masks", "images": "-", "masks": "-"}
     raw = {
         "kind": "train",
         "name": "loop",
         "task": "semantic",
         "classes": [f"class {i}" for i in range(NUM_CLASSES)],
-        "data": {"train": {"images": "-", "masks": "-"}, "val": {"images": "-", "masks": "-"}, "crop": [crop, crop]},
+        "data": {"train": nowhere, "val": nowhere, "crop": [crop, crop]},
         "model": {"name": "segformer-b0", "weights": None},
         "schedule": {"epochs": epochs},
         "batch": {"global_size": batch, "per_worker": batch},
@@ -59,14 +61,9 @@ def synthetic_job(
 def random_batches(job: config.TrainJob, number: int) -> list[Batch]:
     rng = np.random.default_rng(0)
     shape = (job.batch.global_size, *job.data.crop)
-    weights, positions = np.ones(shape[0], np.float32), np.arange(shape[0])
+    rows = np.ones(shape[0], np.float32), np.arange(shape[0])
     return [
-        Batch(
-            rng.integers(0, 256, (*shape, 3), np.uint8),
-            rng.integers(0, NUM_CLASSES, shape, np.uint8),
-            weights,
-            positions,
-        )
+        Batch(rng.integers(0, 256, (*shape, 3), np.uint8), rng.integers(0, NUM_CLASSES, shape, np.uint8), *rows)
         for _ in range(number)
     ]
 
@@ -135,6 +132,16 @@ def to_tensors(batch: Batch) -> tuple[Tensor, Tensor]:
     return (pair[0].pin_memory(), pair[1].pin_memory()) if DEVICE.type == "cuda" else pair
 
 
+def check_same_loss(job: config.TrainJob, batch: Batch) -> None:
+    """Both sides minimise one and the same loss."""
+    model = build(job).eval()
+    images, labels = (tensor.to(DEVICE) for tensor in to_tensors(batch))
+    with torch.inference_mode():
+        ours = model(images, Targets(labels, torch.ones(len(labels), device=DEVICE))).losses["cross_entropy"]
+        theirs = model.net(pixel_values=model.normalise(images), labels=labels).loss
+    assert math.isclose(ours, theirs, rel_tol=1e-4), (ours, theirs)
+
+
 def synchronise() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -151,6 +158,7 @@ def bench_loop(rounds: int, steps: int) -> tuple[dict[str, str | float], dict[st
     crop, batch = (512, 16) if DEVICE.type == "cuda" else (128, 4)
     job = synthetic_job(crop=crop, batch=batch, epochs=rounds + 1)
     batches = random_batches(job, 4)
+    check_same_loss(job, batches[0])
     ours, peer = alternate(our_round(job, batches, steps), plain_round(job, batches, steps), rounds)
     settings = {
         "model": job.model.name,

@@ -43,7 +43,9 @@ def main() -> int:
         if status == 0:
             run = f"{BUCKET}/runs/example-segformer"
             files = [entry.path for entry in storage.list_files(run)]
-            tell(f"{run} holds {len(files)} files, among them the bundle: {[f for f in files if f.startswith('bundle/')]}")
+            tell(
+                f"{run} holds {len(files)} files, among them the bundle: {[f for f in files if f.startswith('bundle/')]}"
+            )
             for name in ("report.html", "metrics.jsonl", "data.log"):
                 (OUT / name).write_bytes(storage.read_bytes(f"{run}/{name}"))
             tell(f"done; open {(OUT / 'report.html').resolve()}")

@@ -28,6 +28,8 @@ Uri = Annotated[str, AfterValidator(storage.absolute)]
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 """(height, width) in pixels."""
 
+CropSide = Annotated[int, Field(ge=32)]
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 ClassWeightScheme = Literal["inverse", "median_frequency", "effective_number"]
@@ -159,8 +161,8 @@ class TrainData(Section):
     val: AnySource
     size: Size | None = None
     """(height, width) that every image is resized to first, in training and prediction alike. Default: as it is."""
-    crop: Size = (512, 512)
-    """(height, width) of training crops; smaller images are padded."""
+    crop: tuple[CropSide, CropSide] = (512, 512)
+    """(height, width) of training crops, 32 at least; smaller images are padded."""
     augment: Augment | None = Augment()
     """null: no augmenting; the crop is then the top left corner."""
     open_shards: Annotated[int, Field(ge=1)] = 16
@@ -517,11 +519,11 @@ def _expanded(value: Any, where: str) -> Any:
 
     def expand(match: re.Match[str]) -> str:
         name, default = match.groups()
-        found = os.environ.get(name, default)
-        if found is None:
+        found = os.environ.get(name)
+        if found is None and default is None:
             mend = f"set it, or write ${{{name}:-default}}"
             raise JobError(f"{where}: {value!r} needs the environment variable {name}, which is not set: {mend}")
-        return found
+        return str(default) if found is None else found
 
     return _VARIABLE.sub(expand, value)
 

@@ -193,8 +193,8 @@ def _matched(job: EvaluateJob) -> tuple[SampleIndex, SampleIndex | None]:
     surplus = sorted(place.keys() - set(truth_ids))
     if surplus:
         raise InputError(
-            f"predictions: {len(surplus)} of {len(place)} have no ground truth of the same stem, such as {surplus[:3]}; "
-            "remove them, or add their ground truth to `data`"
+            f"predictions: {len(surplus)} of {len(place)} have no ground truth of the same stem, "
+            f"such as {surplus[:3]}; remove them, or add their ground truth to `data`"
         )
     if missing and not truth.source.is_skipping:
         raise InputError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +50,7 @@ def to_dense(sample: Sample, classes: ClassMap) -> LabelMap:
 def decode_id_map(data: bytes, classes: ClassMap) -> IdMap:
     """Reads a mask file into data-set ids, (H, W).
 
-    PNG: palette and grey pixels (1, 8 or 16 bit) are ids; RGB pixels are the class list's colours, and black is ignored
+    PNG: palette and grey pixels (1 to 16 bit) are ids; RGB pixels are the class list's colours, and black is ignored
     where no class is black. numpy (.npy, or .npz with one array): integers or booleans, (H, W).
 
     Raises:
@@ -59,7 +61,8 @@ def decode_id_map(data: bytes, classes: ClassMap) -> IdMap:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.mode in ("P", "L", "1"):
-                return np.array(image, dtype=np.uint8)
+                step = _GREY_STEPS.get(str(image.tile[0].args), 1) if image.mode == "L" else 1  # before it is decoded
+                return np.array(image, dtype=np.uint8) // np.uint8(step)
             if image.mode.startswith("I"):
                 return np.array(image).astype(np.uint16)
             if image.mode == "LA":
@@ -67,13 +70,17 @@ def decode_id_map(data: bytes, classes: ClassMap) -> IdMap:
             if image.mode in ("RGB", "RGBA"):
                 return _from_colours(np.array(image.convert("RGB")), classes)
             mode = image.mode
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"the mask can't be decoded ({error}); masks are PNG, .npy or .npz: write the file anew"
         ) from error
     raise InputError(f"the mask has PNG mode {mode}; allowed: palette, grey of 1, 8 or 16 bit, RGB colours")
+
+
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Pillow spreads grey of 2 and 4 bits to 0 ... 255; one level is so far from the next."""
 
 
 def encode_id_map(ids: IdMap, classes: ClassMap | None = None) -> bytes:
@@ -105,7 +112,7 @@ def to_indices(ids: IdMap, classes: ClassMap) -> IdMap:
 def to_ids(labels: IdMap, classes: ClassMap) -> IdMap:
     """Class indices to data-set ids, (H, W); ignored pixels become the data set's ignore index."""
     largest = max(*classes.ids, classes.ignore_index)
-    table = np.full(classes.ignore + 1, classes.ignore_index, np.uint8 if largest < 256 else np.uint16)
+    table: IdMap = np.full(classes.ignore + 1, classes.ignore_index, np.uint8 if largest < 256 else np.uint16)
     table[: len(classes)] = classes.ids
     ids: IdMap = table.take(labels)
     return ids
@@ -150,7 +157,7 @@ def _from_numpy(data: bytes) -> IdMap:
                     f"the .npz holds {len(loaded.files)} arrays ({', '.join(loaded.files)}); it should hold one"
                 )
             loaded = loaded[loaded.files[0]]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, BadZipFile, TokenError, zlib.error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -170,6 +177,8 @@ def _from_colours(pixels: npt.NDArray[np.uint8], classes: ClassMap) -> IdMap:
     """(H, W, 3) colours to ids."""
     weights = np.array([65536, 256, 1])
     codes = classes.palette.astype(np.int64) @ weights
+    if len(np.unique(codes)) < len(codes):
+        raise InputError("the mask is RGB, but two classes share a colour; give each class its own in the class list")
     if 0 not in codes:
         codes = np.append(codes, 0)
     ids = np.array([*classes.ids, classes.ignore_index])[: len(codes)]
@@ -183,4 +192,5 @@ def _from_colours(pixels: npt.NDArray[np.uint8], classes: ClassMap) -> IdMap:
             f"the mask is RGB and holds the colour {colour} ({unknown.mean():.1%} of its pixels), which no class has; "
             "give each class its `colour` in the class list, or store the masks as palette or grey PNG of class ids"
         )
-    return ids[order][place].astype(np.uint8 if ids.max() < 256 else np.uint16)
+    found_ids: IdMap = ids[order][place].astype(np.uint8 if ids.max() < 256 else np.uint16)
+    return found_ids

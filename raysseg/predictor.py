@@ -16,6 +16,9 @@ from raysseg.masks import LabelMap
 from raysseg.models import Outputs, SegModel
 
 
+MIN_SIDE = 64  # pixels; SegFormer's attention reduces sides 32 times
+
+
 class Predictor:
     """A bundle, ready to segment images.
 
@@ -40,8 +43,9 @@ class Predictor:
 
     def logits(self, image: Pixels) -> Tensor:
         """The model's raw output for one image, (1, C, h, w)."""
+        size = _input_size(image, self.bundle.preprocessing.size)
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=_is_mixed(self._dtype)):
-            outputs: Outputs = self._model(_to_tensor([image], self.bundle.preprocessing.size, self._device))
+            outputs: Outputs = self._model(_to_tensor([image], size, self._device))
             return outputs.logits
 
 
@@ -57,13 +61,13 @@ def predict(
         dtype: of the forward pass.
     """
     device = next(model.parameters()).device
-    by_size: dict[tuple[int, ...], list[int]] = {}
+    by_size: dict[tuple[int, int], list[int]] = {}
     for i, image in enumerate(images):
-        by_size.setdefault(size or image.shape[:2], []).append(i)
+        by_size.setdefault(_input_size(image, size), []).append(i)
     out: dict[int, LabelMap] = {}
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=_is_mixed(dtype)):
-        for places in by_size.values():
-            outputs = model(_to_tensor([images[i] for i in places], size, device))
+        for input_size, places in by_size.items():
+            outputs = model(_to_tensor([images[i] for i in places], input_size, device))
             sizes = [(images[i].shape[0], images[i].shape[1]) for i in places]
             out |= zip(places, model.decode(outputs, sizes), strict=True)
     return [out[i] for i in range(len(images))]
@@ -73,6 +77,12 @@ def _is_mixed(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _to_tensor(images: Sequence[Pixels], size: tuple[int, int] | None, device: torch.device) -> Tensor:
-    resized = [resize_image(image, size) if size is not None else image for image in images]
+def _input_size(image: Pixels, size: tuple[int, int] | None) -> tuple[int, int]:
+    """The size that an image has in the model: the bundle's, or its own, enlarged where a side is too short for models."""
+    return size or (max(image.shape[0], MIN_SIDE), max(image.shape[1], MIN_SIDE))
+
+
+def _to_tensor(images: Sequence[Pixels], size: tuple[int, int], device: torch.device) -> Tensor:
+    """Images of any size as (B, 3, H, W) uint8 of one."""
+    resized = [resize_image(image, size) for image in images]
     return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in resized]).to(device).contiguous()

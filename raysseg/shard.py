@@ -61,6 +61,8 @@ def shard(job: ShardJob) -> ShardResult:
         logger.info("shard: %d of %d files", len(parts), len(files))
     written = [parts[number] for number in files]
     failures = [*index.failures, *(failure for part in written for failure in part.failures)]
+    if not any(len(part.index) for part in written):
+        raise InputError(f"data: none of the {len(failures)} samples can be used, such as {failures[0].reason}")
     sink = io.BytesIO()
     pq.write_table(pa.concat_tables([part.index for part in written]), sink)
     storage.write_bytes(storage.join(job.output.uri, shards.INDEX), sink.getvalue())

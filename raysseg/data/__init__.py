@@ -38,7 +38,8 @@ def read_class_map(classes: str | Sequence[str]) -> ClassMap:
         InputError: the list is empty or malformed, an id or a name stands twice, or an id is the ignore index.
     """
     if not isinstance(classes, str):
-        return _class_map([{"id": i, "name": name} for i, name in enumerate(classes)], 255, "classes")
+        ignore_index = 255 if len(classes) <= 255 else 65535  # an id that no class has
+        return _class_map([{"id": i, "name": name} for i, name in enumerate(classes)], ignore_index, "classes")
     try:
         content = json.loads(storage.read_bytes(classes))
         entries, ignore_index = list(content["classes"]), int(content.get("ignore_index", 255))
@@ -56,6 +57,8 @@ def _class_map(entries: list[dict[str, Any]], ignore_index: int, where: str) -> 
         names = tuple(str(entry["name"]) for entry in entries)
         given = [entry.get("colour", entry.get("color")) for entry in entries]
         things = tuple(bool(entry.get("isthing", False)) for entry in entries)
+        if any(isinstance(entry["id"], float) and entry["id"] != int(entry["id"]) for entry in entries):
+            raise TypeError("an id is no whole number")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: each class needs an integer `id` and a `name` ({error!r})") from error
     if not ids:
@@ -74,9 +77,18 @@ def _class_map(entries: list[dict[str, Any]], ignore_index: int, where: str) -> 
             f"{where}: id {ignore_index} is both the class {name!r} and the ignore_index; "
             "give the class list an ignore_index that no class has"
         )
+    if not 0 <= ignore_index <= 65535:
+        raise InputError(f"{where}: ignore_index is 0 to 65535; received {ignore_index}")
+    for name, colour in zip(names, given, strict=True):
+        if colour is not None and not _is_colour(colour):
+            raise InputError(f"{where}: the colour of {name!r} is {colour!r}; write [red, green, blue], 0 to 255 each")
     spread = _spread_colours(len(ids))
-    colours = tuple(tuple(int(c) for c in colour) if colour else spread[i] for i, colour in enumerate(given))
-    return ClassMap(ids, names, colours, things, ignore_index)  # type: ignore[arg-type]
+    colours = tuple(tuple(colour) if colour is not None else spread[i] for i, colour in enumerate(given))
+    return ClassMap(ids, names, colours, things, ignore_index)
+
+
+def _is_colour(colour: object) -> bool:
+    return isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
 
 
 def _spread_colours(number: int) -> list[tuple[int, int, int]]:

@@ -122,7 +122,7 @@ def build_feed(
 def decode_image(data: bytes) -> Pixels:
     """Decodes a JPEG, PNG, TIFF or WebP file to RGB, (H, W, 3) uint8.
 
-    EXIF orientation is applied; grey, palette and CMYK images become RGB, transparency is dropped, 16 bits are cut to 8.
+    EXIF orientation is applied; grey, palette and CMYK become RGB, transparency is dropped, 16 bits are cut to 8.
 
     Raises:
         InputError: the file is damaged, of another kind, has several pages, or floating-point pixels.
@@ -172,7 +172,8 @@ def decode_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels, masks.IdMap]
         if (height, width) == (mask_width, mask_height):
             mend = "the image carries an EXIF rotation that the mask does not follow: turn the mask, or strip the tag"
         raise InputError(
-            f"{sample.sample_id}: the image is {width}x{height}, its mask {mask_width}x{mask_height} (width x height); {mend}"
+            f"{sample.sample_id}: the image is {width}x{height}, its mask {mask_width}x{mask_height} (width x height); "
+            f"{mend}"
         )
     return image, labels
 
@@ -199,10 +200,9 @@ def load_chunk(feed: Feed, chunk: int) -> Batch:
     first = chunk % feed.chunks_per_epoch * feed.windows_per_chunk
     edges = np.append(order.windows, len(order))
     start, stop = edges[first], edges[min(first + feed.windows_per_chunk, len(edges) - 1)]
-    if epoch == feed.start.epoch:
-        start = max(start, feed.start.position)
-    positions = np.arange(start, stop)
-    positions = positions[positions % feed.batch.global_size % feed.num_workers == feed.rank]
+    begin = feed.start.position if epoch == feed.start.epoch else 0  # global batches are counted from here
+    positions = np.arange(max(start, begin), stop)
+    positions = positions[(positions - begin) % feed.batch.global_size % feed.num_workers == feed.rank]
     samples = read_samples(feed.index.take(order.rows[positions]))
     return _collate(feed, epoch, positions, samples)
 

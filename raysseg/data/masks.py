@@ -39,6 +39,8 @@ def read_index(source: MasksSource) -> SampleIndex:
         ]
     if failures and not source.is_skipping:
         raise InputError(_unpaired(source, failures, len(stems)))
+    if not stems:
+        raise InputError(_unpaired(source, failures, 0))
     references = pa.table(
         {
             "sample_id": pa.array(stems, pa.string()),

@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from raysseg import masks
+from raysseg.config import Augment, MasksSource, parse
+from raysseg.config import Batch as BatchConfig
+from raysseg.data import batches, read_class_map, read_index
+from raysseg.data.batches import Batch, Feed, Recipe
+from raysseg.data.index import SampleIndex
+from raysseg.data.sampling import epoch_order, order_hash
+from raysseg.ledger import Ledger, deal, num_steps
+from raysseg.schema import InputError
+
+
+def index_of(group_sizes: Sequence[int]) -> SampleIndex:
+    """An index of nothing, in groups of these sizes."""
+    groups = np.repeat(np.arange(len(group_sizes)), group_sizes)
+    names = [f"{i:04d}" for i in range(len(groups))]
+    return SampleIndex(MasksSource(masks="/d"), pa.table({"sample_id": names}), groups)
+
+
+FILES = [1] * 23
+EVEN = [8] * 12
+UNEVEN = [8, 8, 3, 8, 8, 8, 5, 8, 8, 1]
+ORDERS = pytest.mark.parametrize(
+    ("sizes", "open_groups"),
+    [(FILES, 4), (FILES, 100), (EVEN, 4), (EVEN, 5), (UNEVEN, 4), (UNEVEN, 1), ([7], 4), ([1], 1)],
+    ids=["files", "files, all open", "even", "even, 5 open", "uneven", "1 open", "one group", "one sample"],
+)
+
+
+# ---- the order of an epoch
+
+
+@ORDERS
+def test_order_is_a_permutation(sizes: list[int], open_groups: int) -> None:
+    index = index_of(sizes)
+    for epoch in range(3):
+        order = epoch_order(index, open_groups=open_groups, seed=1, epoch=epoch)
+        assert len(order) == len(index)
+        assert sorted(order.rows.tolist()) == list(range(len(index)))
+
+
+@pytest.mark.parametrize("sizes", [FILES, EVEN, UNEVEN], ids=["files", "even", "uneven"])
+def test_order_follows_from_seed_and_epoch(sizes: list[int]) -> None:
+    index = index_of(sizes)
+
+    def rows(seed: int, epoch: int) -> tuple[int, ...]:
+        return tuple(epoch_order(index, open_groups=4, seed=seed, epoch=epoch).rows.tolist())
+
+    assert rows(3, 1) == rows(3, 1)
+    assert len({rows(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@ORDERS
+def test_windows_touch_few_groups_and_each_group_lies_in_one(sizes: list[int], open_groups: int) -> None:
+    index = index_of(sizes)
+    order = epoch_order(index, open_groups=open_groups, seed=0, epoch=0)
+    assert order.windows[0] == 0
+    assert len(order.windows) == -(-len(sizes) // open_groups)
+    touched = [set(index.groups[part].tolist()) for part in np.split(order.rows, order.windows[1:])]
+    assert max(len(groups) for groups in touched) <= open_groups
+    assert sum(len(groups) for groups in touched) == len(sizes)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_a_group_is_read_by_one_worker_alone(num_workers: int) -> None:
+    index = index_of(EVEN)
+    order = epoch_order(index, open_groups=4, seed=5, epoch=2)
+    readers: dict[int, set[int]] = {}
+    for start in range(0, len(order), 16):
+        for rank in range(num_workers):
+            for positions in deal(start, start + 16, per_worker=2, rank=rank, num_workers=num_workers):
+                for group in index.groups[order.rows[positions]].tolist():
+                    readers.setdefault(group, set()).add(rank)
+    assert sorted(readers) == list(range(12))
+    assert all(len(ranks) == 1 for ranks in readers.values())
+
+
+def test_every_batch_mixes_the_open_groups() -> None:
+    index = index_of(EVEN)
+    order = epoch_order(index, open_groups=4, seed=5, epoch=2)
+    for start in range(0, len(order), 4):
+        assert len(set(index.groups[order.rows[start : start + 4]].tolist())) == 4
+
+
+def test_order_hash_changes_with_all_that_orders_follow_from() -> None:
+    index = index_of(EVEN)
+    hashes = [
+        order_hash(index, open_groups=4, seed=0),
+        order_hash(index, open_groups=5, seed=0),
+        order_hash(index, open_groups=4, seed=1),
+        order_hash(index_of([6] * 16), open_groups=4, seed=0),
+        order_hash(index.take(np.arange(95)), open_groups=4, seed=0),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert order_hash(index_of(EVEN), open_groups=4, seed=0) == hashes[0]
+
+
+# ---- dealing, and the ledger
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("per_worker", [1, 3, 4])
+@pytest.mark.parametrize(("start", "stop"), [(0, 16), (16, 32), (32, 33), (32, 39)])
+def test_deal_gives_every_position_to_one_rank(num_workers: int, per_worker: int, start: int, stop: int) -> None:
+    shares = [
+        deal(start, stop, per_worker=per_worker, rank=rank, num_workers=num_workers) for rank in range(num_workers)
+    ]
+    assert len({len(share) for share in shares}) == 1, "every rank runs as many passes"
+    assert len(shares[0]) == -(-(stop - start) // (num_workers * per_worker)), "and no pass more than needed"
+    assert max(len(positions) for share in shares for positions in share) <= per_worker
+    dealt = [position for share in shares for positions in share for position in positions.tolist()]
+    assert sorted(dealt) == list(range(start, stop))
+    assert all(
+        p % num_workers == (start + rank) % num_workers for rank in range(num_workers) for m in shares[rank] for p in m
+    )
+
+
+def test_ledger_goes_on_within_an_epoch_and_to_the_next() -> None:
+    ledger = Ledger(epoch=2, position=8, order_hash="x")
+    assert ledger.after(16, 20) == Ledger(2, 16, "x")
+    assert ledger.after(19, 20) == Ledger(2, 19, "x")
+    assert ledger.after(20, 20) == Ledger(epoch=3, position=0)
+    assert ledger.after(24, 20).epoch == 3
+    assert ledger.position == 8
+
+
+def test_number_of_steps_counts_the_last_smaller_batch() -> None:
+    assert [num_steps(n, 8) for n in (1, 7, 8, 9, 16, 17)] == [1, 1, 1, 2, 2, 3]
+
+
+# ---- batches
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """23 images, each of one colour (its number in red) beside a little noise, and their masks."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for i in range(23):
+        pixels = rng.integers(0, 256, (12, 14, 3), np.uint8)
+        pixels[..., 0] = i
+        labels = rng.integers(0, 2, (12, 14)).astype(np.uint8)
+        for kind, array in (("images", pixels), ("masks", labels)):
+            (root / kind).mkdir(exist_ok=True)
+            Image.fromarray(array).save(root / kind / f"{i:02d}.png")
+    return str(root)
+
+
+def source(folder: str, **more: str) -> MasksSource:
+    return MasksSource.model_validate({"images": f"{folder}/images", "masks": f"{folder}/masks", **more})
+
+
+COLOURLESS = Augment(brightness=0, contrast=0, saturation=0, hue=0, rotation=10)
+RECIPE = Recipe(read_class_map(["a", "b"]), None, (8, 10), COLOURLESS, seed=3)
+EPOCHS = 3
+BEGIN = Ledger()
+
+
+def feed_of(
+    index: SampleIndex, *, start: Ledger = BEGIN, rank: int = 0, num_workers: int = 1, global_size: int = 6
+) -> Feed:
+    batch = BatchConfig(global_size=global_size, per_worker=2)
+    return Feed(index, RECIPE, batch, open_groups=4, epochs=EPOCHS, start=start, rank=rank, num_workers=num_workers)
+
+
+Row = tuple[npt.NDArray[np.uint8], masks.IdMap]
+
+
+def run(index: SampleIndex, start: Ledger, num_workers: int, global_size: int = 6) -> Iterator[list[list[Batch]]]:
+    """Steps of all ranks together: for each global batch, each rank's micro-batches."""
+    feeds = [
+        feed_of(index, start=start, rank=rank, num_workers=num_workers, global_size=global_size)
+        for rank in range(num_workers)
+    ]
+    steps = [batches.iter_batches(feed, batches.iter_chunks(feed)) for feed in feeds]
+    yield from (list(ranks) for ranks in zip(*steps, strict=True))
+
+
+def global_batches(
+    index: SampleIndex, start: Ledger = BEGIN, num_workers: int = 1, global_size: int = 6
+) -> list[dict[int, Row]]:
+    """Each global batch as position -> its row."""
+    out = []
+    for ranks in run(index, start, num_workers, global_size):
+        assert len({len(micro_batches) for micro_batches in ranks}) == 1, "all ranks run as many passes"
+        rows: dict[int, Row] = {}
+        for batch in (batch for micro_batches in ranks for batch in micro_batches):
+            assert 1 <= len(batch) <= 2
+            assert batch.images.shape == (len(batch), 8, 10, 3)
+            assert batch.labels.shape == (len(batch), 8, 10)
+            for row, position in enumerate(batch.positions.tolist()):
+                assert batch.weights[row] == (position >= 0)
+                if position < 0:
+                    assert (batch.labels[row] == 255).all(), "a stand-in carries no label"
+                    continue
+                assert position not in rows
+                rows[position] = (batch.images[row], batch.labels[row])
+        out.append(rows)
+    return out
+
+
+def groups_of(index: SampleIndex, *sizes: int) -> SampleIndex:
+    return replace(index, groups=np.repeat(np.arange(len(sizes)), sizes))
+
+
+@pytest.fixture(params=["files", "row groups"])
+def index(request: pytest.FixtureRequest, folder: str) -> SampleIndex:
+    files = read_index(source(folder))
+    return files if request.param == "files" else groups_of(files, 4, 4, 4, 4, 4, 3)
+
+
+def plan(start: Ledger, num_samples: int, global_size: int) -> list[list[int]]:
+    """The positions of each global batch from a ledger to the end."""
+    return [
+        list(range(first, min(first + global_size, num_samples)))
+        for epoch in range(start.epoch, EPOCHS)
+        for first in range(start.position if epoch == start.epoch else 0, num_samples, global_size)
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("start", [Ledger(), Ledger(1, 12), Ledger(2, 18), Ledger(1, 7)])
+def test_positions_are_used_once_for_any_number_of_workers(index: SampleIndex, start: Ledger, num_workers: int) -> None:
+    found = global_batches(index, start, num_workers)
+    assert [sorted(rows) for rows in found] == plan(start, 23, 6)
+
+
+@pytest.mark.parametrize("global_size", [1, 5, 16, 64])
+def test_positions_are_used_once_for_any_global_batch(index: SampleIndex, global_size: int) -> None:
+    start = Ledger(2, 3)
+    found = global_batches(index, start, 2, global_size)
+    assert [sorted(rows) for rows in found] == plan(start, 23, global_size)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "start"), [(2, Ledger()), (3, Ledger()), (2, Ledger(1, 12)), (3, Ledger(2, 6))]
+)
+def test_pixels_of_a_position_do_not_depend_on_workers_or_on_resuming(
+    index: SampleIndex, num_workers: int, start: Ledger
+) -> None:
+    reference = global_batches(index)[-len(plan(start, 23, 6)) :]
+    found = global_batches(index, start, num_workers)
+    assert len(found) == len(reference)
+    for rows, expected in zip(found, reference, strict=True):
+        assert rows.keys() == expected.keys()
+        for position, (image, labels) in rows.items():
+            assert np.array_equal(image, expected[position][0])
+            assert np.array_equal(labels, expected[position][1])
+
+
+def test_every_sample_comes_once_an_epoch_and_at_its_position(index: SampleIndex) -> None:
+    found = global_batches(index)
+    per_epoch = num_steps(23, 6)
+    seen = []
+    for epoch in range(EPOCHS):
+        rows = {p: row for step in found[epoch * per_epoch : (epoch + 1) * per_epoch] for p, row in step.items()}
+        numbers = []
+        for position in range(23):
+            image, labels = rows[position]
+            numbers.append(int(np.bincount(image[..., 0][labels != 255]).argmax()))  # blends with the padding at edges
+        assert numbers == epoch_order(index, open_groups=4, seed=3, epoch=epoch).rows.tolist()
+        seen.append(numbers)
+    assert seen[0] != seen[1]
+
+
+def test_a_sample_is_augmented_anew_every_epoch(folder: str) -> None:
+    one = read_index(source(folder)).take(np.array([0]))
+    first, second, third = (rows[0][0] for rows in global_batches(one))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(second, third)
+
+
+def test_order_of_the_ranks_rows_is_the_dealers(folder: str) -> None:
+    index = read_index(source(folder))
+    for rank in range(3):
+        feed = feed_of(index, start=Ledger(2, 0), rank=rank, num_workers=3)
+        steps = list(batches.iter_batches(feed, batches.iter_chunks(feed)))
+        for step, micro_batches in enumerate(steps):
+            shares = deal(step * 6, min(step * 6 + 6, 23), per_worker=2, rank=rank, num_workers=3)
+            assert [batch.positions.tolist() for batch in micro_batches] == [share.tolist() or [-1] for share in shares]
+
+
+def test_a_run_that_is_over_has_no_chunks(folder: str) -> None:
+    feed = feed_of(read_index(source(folder)), start=Ledger(EPOCHS))
+    assert feed.num_chunks == 0
+    assert list(batches.iter_batches(feed, batches.iter_chunks(feed))) == []
+
+
+def test_augmenting_off_gives_the_top_left_corner(folder: str) -> None:
+    index = read_index(source(folder))
+    feed = replace(feed_of(index), recipe=replace(RECIPE, augment=None))
+    chunk = batches.load_chunk(feed, 0)
+    rows = epoch_order(index, open_groups=4, seed=3, epoch=0).rows
+    for row, position in enumerate(chunk.positions.tolist()):
+        with Image.open(f"{folder}/images/{rows[position]:02d}.png") as image:
+            assert np.array_equal(chunk.images[row], np.array(image)[:8, :10])
+
+
+def test_feed_of_a_job(folder: str) -> None:
+    data = {"format": "masks", "images": f"{folder}/images", "masks": f"{folder}/masks"}
+    job = parse(
+        {
+            "kind": "train",
+            "name": "check",
+            "task": "semantic",
+            "classes": ["a", "b"],
+            "data": {"train": data, "val": data, "size": [50, 60], "crop": [32, 40], "open_shards": 3},
+            "model": {"name": "segformer-b0", "weights": None},
+            "schedule": {"epochs": 4},
+            "seed": 9,
+            "storage": "/runs",
+        }
+    )
+    assert job.kind == "train"
+    feed = batches.build_feed(job, read_index(source(folder)), RECIPE.classes, Ledger(1, 4), rank=1, num_workers=2)
+    assert feed.recipe == Recipe(RECIPE.classes, (50, 60), (32, 40), Augment(), 9)
+    assert (feed.open_groups, feed.epochs, feed.start, feed.rank, feed.num_workers) == (3, 4, Ledger(1, 4), 1, 2)
+    assert feed.num_chunks == 3 * feed.chunks_per_epoch
+
+
+# ---- samples that can't be used
+
+
+@pytest.fixture
+def damaged(folder: str, tmp_path: Path) -> str:
+    """The same files, of which 05's image is no image and 11's mask holds an unknown id."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for path in (Path(folder) / kind).iterdir():
+            (tmp_path / kind / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images" / "05.png").write_bytes(b"<html>")
+    out = io.BytesIO()
+    Image.fromarray(np.full((12, 14), 77, np.uint8)).save(out, "PNG")
+    (tmp_path / "masks" / "11.png").write_bytes(out.getvalue())
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_skipped_samples_weigh_nothing_and_are_listed(damaged: str, num_workers: int) -> None:
+    index = read_index(source(damaged, on_error="skip"))
+    rows = epoch_order(index, open_groups=4, seed=3, epoch=2).rows
+    lost = {int(np.flatnonzero(rows == 5)[0]), int(np.flatnonzero(rows == 11)[0])}
+    positions, weightless, failures = [], set(), []
+    for ranks in run(index, Ledger(2), num_workers):
+        for batch in (batch for micro_batches in ranks for batch in micro_batches):
+            failures += batch.failures
+            for row, position in enumerate(batch.positions.tolist()):
+                if position < 0:
+                    continue
+                positions.append(position)
+                if batch.weights[row] == 0:
+                    weightless.add(position)
+                    assert (batch.labels[row] == 255).all()
+    assert sorted(positions) == list(range(23))
+    assert weightless == lost
+    assert {failure.sample_id for failure in failures} == {"05", "11"}
+    reasons = {failure.sample_id: failure.reason for failure in failures}
+    assert reasons["05"].startswith("05: the image can't be decoded")
+    assert reasons["11"].startswith("11: the mask holds ids that the class list lacks: 77")
+
+
+def test_bad_sample_stops_and_is_named(damaged: str) -> None:
+    index = read_index(source(damaged))
+    with pytest.raises(InputError, match=r"^(05: the image can't be decoded|11: the mask holds ids)"):
+        list(run(index, Ledger(2), 1))
+    for number, message in ((5, "^05: the image"), (11, "^11: the mask")):
+        feed = feed_of(index.take(np.array([number])))
+        feed = replace(feed, index=replace(feed.index, groups=np.zeros(1, np.int64)))
+        with pytest.raises(InputError, match=message):
+            batches.load_chunk(feed, 0)
+
+
+def test_evaluation_batches_are_fixed_by_the_index(damaged: str) -> None:
+    index = read_index(source(damaged, on_error="skip"))
+    classes = RECIPE.classes
+    whole = list(batches.iter_pairs(index, classes, rows=4))
+    assert [len(part) for part in whole] == [4, 4, 4, 4, 4, 3]
+    assert [pair.sample_id for part in whole for pair in part] == index.sample_ids
+    shares = [list(batches.iter_pairs(index, classes, rows=4, share=s, num_shares=4)) for s in range(4)]
+    assert [[pair.sample_id for pair in part] for part in shares[1]] == [
+        [pair.sample_id for pair in whole[i]] for i in (1, 5)
+    ]
+    assert sum(len(share) for share in shares) == 6
+    with pytest.raises(InputError, match=r"^05: the image"):
+        list(batches.iter_pairs(read_index(source(damaged)), classes, rows=4))
