@@ -1,0 +1,1 @@
+"""Complete job files, and the demo."""

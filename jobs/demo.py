@@ -1,8 +1,8 @@
 """The main job from beginning to end on one machine: `python -m jobs.demo` (or `make demo`).
 
 Draws the example data set, starts an S3 server on loopback, puts the data there, and runs
-jobs/example-segformer-semantic.yaml on it: Ray Data reads, Ray Train trains on two CPU workers, checkpoints and the bundle
-go back to S3. Everything that is left to look at lies in demo/.
+jobs/example-segformer-semantic.yaml on it: Ray Data reads, Ray Train trains on two CPU workers, checkpoints and the
+bundle go back to S3. What is left to look at lies in demo/.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ BUCKET = "s3://demo"
 
 
 def main() -> int:
+    """Runs the demo; arguments are overrides of its job."""
     started = time.monotonic()
 
     def tell(text: str) -> None:
@@ -42,12 +43,11 @@ def main() -> int:
         status = cli.main(["train", "jobs/example-segformer-semantic.yaml", *sys.argv[1:]])
         if status == 0:
             run = f"{BUCKET}/runs/example-segformer"
-            files = [entry.path for entry in storage.list_files(run)]
-            tell(
-                f"{run} holds {len(files)} files, among them the bundle: {[f for f in files if f.startswith('bundle/')]}"
-            )
-            for name in ("report.html", "metrics.jsonl", "data.log"):
-                (OUT / name).write_bytes(storage.read_bytes(f"{run}/{name}"))
+            names = [entry.path for entry in storage.list_files(run)]
+            tell(f"{run} holds {len(names)} files; copying the bundle, the report and the logs to {OUT}")
+            for name in names:
+                if name.startswith("bundle/") or "/" not in name:
+                    storage.write_bytes(str(OUT / name), storage.read_bytes(f"{run}/{name}"))
             tell(f"done; open {(OUT / 'report.html').resolve()}")
     return status
 

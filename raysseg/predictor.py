@@ -15,7 +15,6 @@ from raysseg.loop import resolve_precision
 from raysseg.masks import LabelMap
 from raysseg.models import Outputs, SegModel
 
-
 MIN_SIDE = 64  # pixels; SegFormer's attention reduces sides 32 times
 
 
@@ -78,7 +77,7 @@ def _is_mixed(dtype: torch.dtype) -> bool:
 
 
 def _input_size(image: Pixels, size: tuple[int, int] | None) -> tuple[int, int]:
-    """The size that an image has in the model: the bundle's, or its own, enlarged where a side is too short for models."""
+    """The size of an image in the model: the bundle's, or its own, enlarged where a side is too short for models."""
     return size or (max(image.shape[0], MIN_SIDE), max(image.shape[1], MIN_SIDE))
 
 

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK = 8  # samples of each split that are decoded before anything is started
 _COUNT = 2000  # masks of a split that are counted in this process, and at most unless class weights need all
+_EVALUATE = 100  # validation samples that are not worth starting workers for once more
 _MOVABLE = ("scaling", "s3", "checkpoint", "compile", "channels_last")  # may change when a run goes on
 
 
@@ -245,7 +246,8 @@ def _run_rank(settings: dict[str, Any]) -> None:
     from raysseg.data import stream
 
     log_to_stderr()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # a hint on speed, for GPUs
     plan: Plan = ray.get(settings["plan"])
     rank = ray.train.get_context().get_world_rank()
@@ -292,7 +294,7 @@ def _finish(plan: Plan, counts: dict[str, ClassPixels]) -> TrainResult:
             bundle=bundle_uri,
             batch=job.batch,
             precision=job.precision,
-            scaling=job.scaling,
+            scaling=job.scaling if len(plan.val) > _EVALUATE else Scaling(workers=0),
         ),
         plan.classes,
     )

@@ -8,6 +8,7 @@ from dataclasses import astuple
 from functools import lru_cache, partial
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import ray
@@ -106,5 +107,6 @@ def _to_batch(block: Block) -> Batch:
 @lru_cache(maxsize=2)
 def _feed(feed_ref: ray.ObjectRef[Feed]) -> Feed:
     """The feed, once a process: its index is not copied, its order of an epoch is computed once."""
+    cv2.setNumThreads(1)  # a task has one CPU
     feed: Feed = ray.get(feed_ref)
     return feed

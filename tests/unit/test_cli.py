@@ -206,6 +206,7 @@ def test_kind_of_another_verb(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_help_and_schema_load_neither_torch_nor_ray() -> None:
-    script = "import sys, raysseg.cli as c; c.main(['schema']); assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
+    heavy = "{'torch', 'ray', 'transformers'} & set(sys.modules)"
+    script = f"import sys, raysseg.cli as cli; cli.main(['schema']); assert not {heavy}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["title"] == "raysseg job"
