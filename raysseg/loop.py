@@ -128,8 +128,7 @@ def build_optimizer(model: SegModel, settings: config.Optimizer) -> torch.optim.
     ]
     if settings.name == "sgd":
         return torch.optim.SGD(parts, lr=settings.lr, momentum=settings.momentum)
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(parts, lr=settings.lr, betas=settings.betas, fused=fused)
+    return torch.optim.AdamW(parts, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def wrap(model: SegModel, *, is_compiled: bool, channels_last: bool) -> nn.Module:
