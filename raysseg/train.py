@@ -326,7 +326,7 @@ def _report_page(
         metrics=evaluation.metrics,
         absent=evaluation.absent,
         confusion=evaluation.confusion[:, :-1],
-        history=history,
+        history=[{**row, "epoch": row["epoch"] + 1} for row in history],  # people count from 1
         splits=[
             report.SplitCounts(split, sizes[split], count.pixels, count.ignored) for split, count in counts.items()
         ],
