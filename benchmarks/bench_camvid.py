@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--crop", type=int, nargs=2, default=(160, 224), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ.setdefault("CAMVID", f"{os.environ.get('RAYSSEG_DATA', '../shared/data')}/camvid")
     overrides = [
@@ -143,6 +145,8 @@ def main() -> None:
         f"data.crop={list(options.crop)}",
         f"batch={{global_size: {options.batch}, per_worker: {options.batch}}}",
         f"precision={options.precision}",
+        f"optimizer.lr={options.lr}",
+        f"seed={options.seed}",
         "loss={dice: 0, class_weights: null}",
         "data.augment={brightness: 0, contrast: 0, saturation: 0, hue: 0}",
         "scaling.workers=0",

@@ -499,7 +499,7 @@ def _draw_split(folder: Path, split: Split, num: int, size: tuple[int, int], see
 
 
 def draw_example(
-    out: Path, *, num_train: int = 160, num_val: int = 40, size: tuple[int, int] = (192, 256), seed: int = 0
+    out: str | Path, *, num_train: int = 160, num_val: int = 40, size: tuple[int, int] = (192, 256), seed: int = 0
 ) -> None:
     """Writes the example data set: pictures, and the same labels as masks, as COCO instances and as COCO panoptic.
 
@@ -522,6 +522,7 @@ def draw_example(
     if min(num_train, num_val) < 1 or min(size) < 64:
         given = f"{num_train} and {num_val} scenes of {size[0]} x {size[1]}"
         raise InputError(f"{given}: an example has at least one scene a split, of 64 x 64 pixels or more")
+    out = Path(out)
     marker = out / "classes.json"
     content = _to_json({"classes": _categories("colour"), "ignore_index": EXAMPLE_CLASSES.ignore_index})
     is_ours = marker.is_file() and marker.read_bytes() == content
