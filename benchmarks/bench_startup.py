@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.commands import run
 from benchmarks.results import compare, device_name, write_result
 from raysseg.data.example import draw_example
-from raysseg.runtime import QUIET_ENVIRONMENT
+from raysseg.runtime import RAY_ENVIRONMENT
 
 JOB = "jobs/example-segformer-semantic.yaml"
 IMPORTS = "import torch, transformers.models.segformer.modeling_segformer, cv2, PIL.Image, pyarrow, pydantic"
@@ -30,7 +30,7 @@ def main() -> None:
         data = Path(folder)
         draw_example(data)
         for _ in range(rounds):
-            times["bare"].append(run(["-m", "benchmarks.bare_trainer"], QUIET_ENVIRONMENT, "FIRST STEP")[0])
+            times["bare"].append(run(["-m", "benchmarks.bare_trainer"], RAY_ENVIRONMENT, "FIRST STEP")[0])
             times["ours"].append(our_start(data))
             times["imports"].append(run(["-c", IMPORTS], {})[0])
             times["here"].append(our_start(data, "scaling.workers=0"))

@@ -21,8 +21,9 @@ Shared = TypeVar("Shared")
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-QUIET_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # importing torch takes a minute on a busy machine
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -47,7 +48,7 @@ def connect() -> None:
 
     The endpoint and region of the S3 storage go along to the workers; credentials are the cluster's own affair.
     """
-    for name, value in QUIET_ENVIRONMENT.items():
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # before the import: some are read then
     import ray
 
@@ -55,7 +56,7 @@ def connect() -> None:
         return
     if "RAY_ADDRESS" in os.environ:
         forwarded = {name: os.environ[name] for name in S3_ENVIRONMENT if name in os.environ}
-        ray.init(runtime_env={"env_vars": forwarded | QUIET_ENVIRONMENT}, logging_level=logging.WARNING)
+        ray.init(runtime_env={"env_vars": forwarded | RAY_ENVIRONMENT}, logging_level=logging.WARNING)
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster listens on loopback
         quiet = ray.LoggingConfig(log_level="ERROR")

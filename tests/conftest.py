@@ -40,8 +40,7 @@ def ray_cluster(s3_server: str) -> Iterator[None]:
     import ray
 
     os.environ.pop("RAY_ADDRESS", None)
-    ray.init(num_cpus=3, include_dashboard=False, logging_config=ray.LoggingConfig(log_level="ERROR"))
-    runtime.connect()  # finds it running
+    runtime.connect()
     yield
     ray.shutdown()
 
