@@ -246,6 +246,7 @@ def _run_rank(settings: dict[str, Any]) -> None:
     from raysseg.data import stream
 
     log_to_stderr()
+    logging.getLogger().setLevel(logging.WARNING)  # some of Ray's loggers stand outside of its own tree
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # a hint on speed, for GPUs
