@@ -58,7 +58,6 @@ def connect() -> None:
         forwarded = {name: os.environ[name] for name in S3_ENVIRONMENT if name in os.environ}
         ray.init(runtime_env={"env_vars": forwarded | RAY_ENVIRONMENT}, logging_level=logging.WARNING)
     else:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster listens on loopback
         quiet = ray.LoggingConfig(log_level="ERROR")
         ray.init(include_dashboard=False, logging_level=logging.WARNING, logging_config=quiet)
     resources = ray.cluster_resources()

@@ -89,10 +89,10 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device) -> I
     torch.manual_seed(job.seed)
     dtype = resolve_precision(job.precision, device)
     state = build_state(_build_on(plan, device, num_workers), job.optimizer, dtype)
-    _resume(state, plan, rank)
+    hash_now = order_hash(plan.train, open_groups=job.data.open_shards, seed=job.seed)
+    _resume(state, plan, hash_now, rank)
     feed = build_feed(job, plan.train, plan.classes, state.ledger, rank=rank, num_workers=num_workers)
     model = wrap(state.model, is_compiled=job.compile, channels_last=job.channels_last)
-    hash_now = order_hash(plan.train, open_groups=job.data.open_shards, seed=job.seed)
     progress = _Progress(job, len(plan.train), state.step) if rank == 0 else None
     skipped = _Skipped(plan, rank)
     events = fit(
@@ -127,12 +127,11 @@ def _build_on(plan: Plan, device: torch.device, num_workers: int) -> SegModel:
     return model.to(device)
 
 
-def _resume(state: TrainState, plan: Plan, rank: int) -> None:
+def _resume(state: TrainState, plan: Plan, hash_now: str, rank: int) -> None:
     uri = checkpoint.restore_newest(plan.job.run_uri, state)
     if uri is None:
         return
-    expected = order_hash(plan.train, open_groups=plan.job.data.open_shards, seed=plan.job.seed)
-    if state.ledger.order_hash not in ("", expected):
+    if state.ledger.order_hash not in ("", hash_now):
         raise InputError(
             f"{uri}: the training data have changed since this checkpoint was written, so its place in the epoch means "
             "nothing; give the job another name, or bring the data back"
