@@ -10,7 +10,7 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv
-	VIRTUAL_ENV=.venv $(BIN)/uv pip install -q -c constraints.txt -e ".[dev]"
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install -q --compile-bytecode -c constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: $(READY)  ## the main job: S3 -> Ray Data -> Ray Train on 2 CPU workers -> an evaluated model and its report

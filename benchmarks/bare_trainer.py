@@ -25,7 +25,8 @@ def run_rank() -> None:
 
 
 def main() -> None:
-    ray.init(include_dashboard=False, logging_level=logging.WARNING)  # as raysseg.runtime.connect does
+    quiet = ray.LoggingConfig(log_level="ERROR")
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, logging_config=quiet)  # as runtime.connect does
     with tempfile.TemporaryDirectory() as folder:
         ray.train.torch.TorchTrainer(
             run_rank,

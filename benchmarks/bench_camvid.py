@@ -22,13 +22,14 @@ from benchmarks.results import device_name, write_result
 from raysseg import config
 from raysseg.data import read_class_map, read_index
 from raysseg.data.augment import FILL
-from raysseg.data.batches import Pair, iter_pairs
+from raysseg.data.batches import iter_pairs
+from raysseg.data.index import Failure
 from raysseg.loop import learning_rate_factor, resolve_precision
-from raysseg.masks import LabelMap, to_indices
+from raysseg.masks import to_indices
 from raysseg.metrics.semantic import SemanticMetric
 from raysseg.models import SegModel, build_model
 from raysseg.models.segformer import MEAN, STD
-from raysseg.predictor import predict
+from raysseg.predictor import predict, predict_pairs
 from raysseg.runtime import log_to_stderr
 from raysseg.schema import ClassMap
 from raysseg.train import train
@@ -118,11 +119,11 @@ def train_plain(job: config.TrainJob, classes: ClassMap) -> tuple[dict[str, floa
 def score(model: SegModel, job: config.TrainJob, classes: ClassMap, dtype: torch.dtype) -> dict[str, float]:
     """Over the validation split, at the images' own size."""
     metric = SemanticMetric(classes)
-    for pairs in iter_pairs(read_index(job.data.val), classes, rows=8):
-        usable = [pair for pair in pairs if isinstance(pair, Pair)]
-        predictions = predict(model, [pair.image for pair in usable], job.data.size, dtype)
-        for pair, prediction in zip(usable, predictions, strict=True):
-            metric.update(prediction, LabelMap(pair.labels, classes.ignore))
+    forward = partial(predict, model, size=job.data.size, dtype=dtype)
+    for batch in predict_pairs(forward, iter_pairs(read_index(job.data.val), classes, rows=8)):
+        for item in batch:
+            assert not isinstance(item, Failure)
+            metric.update(item.prediction, item.pair.truth)
     return metric.compute()
 
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -435,6 +435,19 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 AnyJob = TypeVar("AnyJob", bound=BaseJob)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; YAML's own loader silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} stands twice; remove one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Reads a job file.
 
@@ -447,7 +460,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """
     text = storage.read_text(str(path))
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise JobError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -496,7 +509,7 @@ def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         if not equals or not key:
             raise JobError(f"override {override!r}: write dotted.key=value, such as optimizer.lr=1e-4")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise JobError(f"override {override!r}: the value is not valid YAML: {error}") from error
         for part in reversed(key.split(".")):

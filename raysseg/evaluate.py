@@ -18,10 +18,9 @@ from raysseg.config import EvaluateJob, Precision
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.batches import Pair, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, write_failures
-from raysseg.masks import LabelMap
 from raysseg.metrics import METRICS, State
 from raysseg.metrics.semantic import mean_iou
-from raysseg.predictor import Predictor
+from raysseg.predictor import Predicted, Predictor, predict_pairs
 from raysseg.runtime import num_shares, spread
 from raysseg.schema import ClassMap, InputError, Sample
 
@@ -209,18 +208,15 @@ def _matched(job: EvaluateJob) -> tuple[SampleIndex, SampleIndex | None]:
 
 def _score_share(shared: _Shared, share: int) -> Iterator[_Partial]:
     """Scores every so-manieth batch of the index."""
-    for pairs, predicted in _iter_predicted(shared, share, with_images=shared.predictions is None):
+    for batch in _iter_predicted(shared, share, with_images=shared.predictions is None):
         metric = METRICS[shared.job.task](shared.classes)
         scores: dict[str, float] = {}
         failures: list[Failure] = []
-        for pair, prediction in zip(pairs, predicted, strict=True):
-            if isinstance(pair, Failure):
-                failures.append(pair)
-            elif isinstance(prediction, Failure):
-                failures.append(prediction)
+        for item in batch:
+            if isinstance(item, Failure):
+                failures.append(item)
             else:
-                counts = metric.update(prediction, LabelMap(pair.labels, shared.classes.ignore))
-                scores[pair.sample_id] = mean_iou(counts)
+                scores[item.pair.sample_id] = mean_iou(metric.update(item.prediction, item.pair.truth))
         yield _Partial(metric.state(), scores, failures)
 
 
@@ -230,15 +226,13 @@ def _draw_examples(shared: _Shared, sample_ids: list[str]) -> Iterator[report.Ex
     rows = np.array(sorted(place[sample_id] for sample_id in set(sample_ids)), dtype=np.int64)
     predictions = shared.predictions.take(rows) if shared.predictions is not None else None
     few = replace(shared, truth=shared.truth.take(rows), predictions=predictions, num_shares=1)
-    for pairs, predicted in _iter_predicted(few, 0, with_images=True):
-        for pair, prediction in zip(pairs, predicted, strict=True):
-            if isinstance(pair, Pair) and isinstance(prediction, LabelMap):
-                yield report.Example(pair.sample_id, pair.image, pair.labels, prediction.labels, 0.0)
+    for item in chain.from_iterable(_iter_predicted(few, 0, with_images=True)):
+        if not isinstance(item, Failure):
+            pair, prediction = item
+            yield report.Example(pair.sample_id, pair.image, pair.truth.labels, prediction.labels, 0.0)
 
 
-def _iter_predicted(
-    shared: _Shared, share: int, *, with_images: bool
-) -> Iterator[tuple[list[Pair | Failure], list[LabelMap | Failure]]]:
+def _iter_predicted(shared: _Shared, share: int, *, with_images: bool) -> Iterator[list[Predicted | Failure]]:
     """One share's batches of truth beside their predictions, made by the bundle or read."""
     rows, truth = shared.job.batch.per_worker, shared.truth
     truths = iter_pairs(
@@ -246,36 +240,33 @@ def _iter_predicted(
     )
     if shared.predictions is None:
         assert shared.job.bundle is not None, "the job's validator asks for one of them"
-        predictor = _predictor(shared.job.bundle, shared.job.precision)
-        for pairs in truths:
-            made = iter(predictor.predict([pair.image for pair in pairs if isinstance(pair, Pair)]))
-            yield pairs, [pair if isinstance(pair, Failure) else next(made) for pair in pairs]
+        yield from predict_pairs(_predictor(shared.job.bundle, shared.job.precision).predict, truths)
         return
     for start, pairs in zip(range(share * rows, len(truth), shared.num_shares * rows), truths, strict=True):
         part = shared.predictions.take(np.arange(start, start + len(pairs)))
         stored = read_samples(part, with_images=False)
-        yield pairs, [_to_prediction(sample, pair, shared) for sample, pair in zip(stored, pairs, strict=True)]
+        yield [_beside(pair, sample, shared) for pair, sample in zip(pairs, stored, strict=True)]
 
 
-def _to_prediction(sample: Sample | Failure, pair: Pair | Failure, shared: _Shared) -> LabelMap | Failure:
+def _beside(pair: Pair | Failure, sample: Sample | Failure, shared: _Shared) -> Predicted | Failure:
     """A stored prediction beside its truth; a bad one raises InputError, or comes back as a Failure."""
     if isinstance(pair, Failure):
         return pair
     try:
         if isinstance(sample, Failure):
             raise InputError(sample.reason)
-        label_map = masks.to_dense(sample, shared.classes)
-        if label_map.labels.shape != pair.labels.shape:
-            height, width = label_map.labels.shape
+        prediction = masks.to_dense(sample, shared.classes)
+        (height, width), (true_height, true_width) = prediction.labels.shape, pair.truth.labels.shape
+        if (height, width) != (true_height, true_width):
             raise InputError(
-                f"{pair.sample_id}: the prediction is {width}x{height}, the truth "
-                f"{pair.labels.shape[1]}x{pair.labels.shape[0]} (width x height); scale it to the truth's size"
+                f"{pair.sample_id}: the prediction is {width}x{height}, the truth {true_width}x{true_height} "
+                "(width x height); scale it to the truth's size"
             )
     except InputError as error:
         if not shared.truth.source.is_skipping:
             raise InputError(f"predictions: {error}") from error
         return Failure(pair.sample_id, f"predictions: {error}")
-    return label_map
+    return Predicted(pair, prediction)
 
 
 @cache

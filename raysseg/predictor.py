@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +11,20 @@ from torch import Tensor
 from raysseg import bundle as bundles
 from raysseg.config import Precision
 from raysseg.data.augment import resize_image
-from raysseg.data.batches import Pixels
+from raysseg.data.batches import Pair, Pixels
+from raysseg.data.index import Failure
 from raysseg.loop import resolve_precision
 from raysseg.masks import LabelMap
 from raysseg.models import Outputs, SegModel
 
 MIN_SIDE = 64  # pixels; SegFormer's attention reduces sides 32 times
+
+
+class Predicted(NamedTuple):
+    """A sample, and the prediction beside its truth; of one size."""
+
+    pair: Pair
+    prediction: LabelMap
 
 
 class Predictor:
@@ -70,6 +79,15 @@ def predict(
             sizes = [(images[i].shape[0], images[i].shape[1]) for i in places]
             out |= zip(places, model.decode(outputs, sizes), strict=True)
     return [out[i] for i in range(len(images))]
+
+
+def predict_pairs(
+    predict_images: Callable[[list[Pixels]], list[LabelMap]], batches: Iterable[Sequence[Pair | Failure]]
+) -> Iterator[list[Predicted | Failure]]:
+    """Batches of ground truth with their predictions beside them; a failure keeps its place."""
+    for pairs in batches:
+        predictions = iter(predict_images([pair.image for pair in pairs if isinstance(pair, Pair)]))
+        yield [Predicted(pair, next(predictions)) if isinstance(pair, Pair) else pair for pair in pairs]
 
 
 def _is_mixed(dtype: torch.dtype) -> bool:

@@ -93,7 +93,7 @@ def _canonical(sample: Sample | Failure, classes: ClassMap) -> Sample:
     """A sample that is known to decode: its image file as it is, its mask as a grey PNG of data-set ids."""
     if isinstance(sample, Failure):
         raise InputError(sample.reason)
-    _, labels = decode_pair(sample, classes)
-    height, width = labels.shape
-    ids = masks.encode_id_map(masks.to_ids(labels, classes))
+    _, truth = decode_pair(sample, classes)
+    height, width = truth.labels.shape
+    ids = masks.encode_id_map(masks.to_ids(truth.labels, classes))
     return replace(sample, height=height, width=width, id_map=ids)

@@ -85,9 +85,8 @@ def _check_metric(job: TrainJob, classes: ClassMap) -> None:
 
 def _look_at(split: str, index: SampleIndex, classes: ClassMap) -> None:
     """Decodes a few samples, so that what is wrong with all of them shows before a cluster starts."""
-    rows = np.unique(np.linspace(0, len(index) - 1, _LOOK).astype(np.int64))
     try:
-        for _ in iter_pairs(index.take(rows), classes, rows=1):
+        for _ in iter_pairs(index.thinned(_LOOK), classes, rows=1):
             pass
     except InputError as error:
         raise InputError(f"data.{split}: {error}") from error
@@ -96,12 +95,11 @@ def _look_at(split: str, index: SampleIndex, classes: ClassMap) -> None:
 
 def _count(job: TrainJob, split: str, index: SampleIndex, classes: ClassMap) -> ClassPixels:
     """Pixels of each class: of all masks where class weights need them, else of an even choice."""
-    is_exact = split == "train" and isinstance(job.loss.class_weights, str)
-    rows = np.arange(len(index))
-    if not is_exact and len(index) > _COUNT:
-        rows = np.unique(np.linspace(0, len(index) - 1, _COUNT).astype(np.int64))
-    scaling = job.scaling if len(rows) > _COUNT else Scaling(workers=0)
-    parts = spread(_count_rows, (index, classes), np.array_split(rows, max(1, len(rows) // 256)), scaling)
+    if split == "val" or not isinstance(job.loss.class_weights, str):
+        index = index.thinned(_COUNT)
+    scaling = job.scaling if len(index) > _COUNT else Scaling(workers=0)
+    pieces = np.array_split(np.arange(len(index)), max(1, len(index) // 256))
+    parts = spread(_count_rows, (index, classes), pieces, scaling)
     zeros = np.zeros(len(classes), np.int64)
     total = sum(parts, ClassPixels(zeros, zeros, zeros, 0, 0))
     if len(classes) == 2 and total.pixels[1] == 0 and total.ignored and classes.ignore_index == 255:

@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from raysseg import bundle as bundles
 from raysseg import checkpoint, storage
 from raysseg.bundle import Bundle, Preprocessing
 from raysseg.config import TrainJob
-from raysseg.data.batches import Batch, Feed, Pair, build_feed, iter_batches, iter_pairs
+from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, write_failures
 from raysseg.data.sampling import order_hash
 from raysseg.ledger import num_steps
@@ -32,10 +34,9 @@ from raysseg.loop import (
     synchronise_batch_norm,
     wrap,
 )
-from raysseg.masks import LabelMap
 from raysseg.metrics import METRICS
 from raysseg.models import SegModel, build_model
-from raysseg.predictor import predict
+from raysseg.predictor import predict, predict_pairs
 from raysseg.schema import ClassMap, InputError
 
 logger = logging.getLogger(__name__)
@@ -152,12 +153,13 @@ def _validate(
     failures: list[Failure] = []
     model.eval()
     rows = plan.job.batch.per_worker
-    for pairs in iter_pairs(plan.val, plan.classes, rows=rows, share=rank, num_shares=num_workers):
-        usable = [pair for pair in pairs if isinstance(pair, Pair)]
-        failures += [pair for pair in pairs if isinstance(pair, Failure)]
-        predictions = predict(model, [pair.image for pair in usable], plan.job.data.size, dtype)
-        for pair, prediction in zip(usable, predictions, strict=True):
-            metric.update(prediction, LabelMap(pair.labels, plan.classes.ignore))
+    batches = iter_pairs(plan.val, plan.classes, rows=rows, share=rank, num_shares=num_workers)
+    forward = partial(predict, model, size=plan.job.data.size, dtype=dtype)
+    for item in chain.from_iterable(predict_pairs(forward, batches)):
+        if isinstance(item, Failure):
+            failures.append(item)
+        else:
+            metric.update(item.prediction, item.pair.truth)
     model.train()
     if num_workers > 1:
         total = torch.from_numpy(metric.state()).to(next(model.parameters()).device)

@@ -153,8 +153,8 @@ def decode_image(data: bytes) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def decode_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels, masks.IdMap]:
-    """A sample's image, (H, W, 3), and class indices, (H, W).
+def decode_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels, masks.LabelMap]:
+    """A sample's image, (H, W, 3), and its ground truth of the same size.
 
     Raises:
         InputError: either is damaged, their sizes differ, or the mask holds unknown ids.
@@ -165,9 +165,9 @@ def decode_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels, masks.IdMap]
         image = decode_image(sample.image)
     except InputError as error:
         raise InputError(f"{sample.sample_id}: {error}") from error
-    labels = masks.to_dense(sample, classes).labels
-    if image.shape[:2] != labels.shape:
-        (height, width), (mask_height, mask_width) = image.shape[:2], labels.shape
+    truth = masks.to_dense(sample, classes)
+    if image.shape[:2] != truth.labels.shape:
+        (height, width), (mask_height, mask_width) = image.shape[:2], truth.labels.shape
         mend = "resize the mask without interpolation, or pair the right files"
         if (height, width) == (mask_width, mask_height):
             mend = "the image carries an EXIF rotation that the mask does not follow: turn the mask, or strip the tag"
@@ -175,11 +175,12 @@ def decode_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels, masks.IdMap]
             f"{sample.sample_id}: the image is {width}x{height}, its mask {mask_width}x{mask_height} (width x height); "
             f"{mend}"
         )
-    return image, labels
+    return image, truth
 
 
 def _to_row(sample: Sample, recipe: Recipe, epoch: int, position: int) -> tuple[Pixels, masks.IdMap]:
-    image, labels = decode_pair(sample, recipe.classes)
+    image, truth = decode_pair(sample, recipe.classes)
+    labels = truth.labels
     if recipe.size is not None:
         image, labels = resize(image, labels, recipe.size)
     rng = seeded_rng(recipe.seed, epoch, position)
@@ -237,11 +238,11 @@ def _order(feed: Feed, epoch: int) -> Order:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, (H, W, 3) uint8, and its class indices, (H, W)."""
+    """An image, (H, W, 3) uint8, and its ground truth of the same size."""
 
     sample_id: str
     image: Pixels
-    labels: masks.IdMap
+    truth: masks.LabelMap
 
 
 def iter_pairs(
@@ -274,8 +275,8 @@ def _to_pair(sample: Sample | Failure, classes: ClassMap, source: AnySource) -> 
             raise InputError(sample.reason)
         if sample.image is not None:
             return Pair(sample.sample_id, *decode_pair(sample, classes))
-        labels = masks.to_dense(sample, classes).labels
-        return Pair(sample.sample_id, np.full((*labels.shape, 3), 127, np.uint8), labels)
+        truth = masks.to_dense(sample, classes)
+        return Pair(sample.sample_id, np.full((*truth.labels.shape, 3), 127, np.uint8), truth)
     except InputError as error:
         if not source.is_skipping:
             raise

@@ -60,6 +60,12 @@ class SampleIndex:
         """The index of some samples."""
         return replace(self, references=self.references.take(pa.array(rows)), groups=self.groups[rows])
 
+    def thinned(self, most: int) -> SampleIndex:
+        """At most so many samples, from first to last at even distances."""
+        if len(self) <= most:
+            return self
+        return self.take(np.unique(np.linspace(0, len(self) - 1, most).astype(np.int64)))
+
 
 class Format(Protocol):
     """A module that reads one format: the two functions below, typed by its source."""

@@ -381,6 +381,12 @@ def test_broken_yaml(tmp_path: Path, text: str) -> None:
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def test_a_key_given_twice(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="the key 'name' stands twice") as caught:
+        config.load(written(tmp_path, "kind: train\nname: a\nname: b\n"))
+    assert "line 3" in str(caught.value)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="there is no such file"):
         config.load(tmp_path / "nope.yaml")
