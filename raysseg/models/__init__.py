@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from raysseg.config import Loss, Model
-from raysseg.models import segformer
 from raysseg.models.base import Outputs, SegModel, Targets
 from raysseg.schema import ClassMap
 
-__all__ = ["MODELS", "Outputs", "SegModel", "Targets", "build_model", "load_model"]
+__all__ = ["FAMILIES", "Outputs", "SegModel", "Targets", "build_model", "load_model"]
 
-MODELS: dict[str, ModuleType] = dict.fromkeys(segformer.SIZES, segformer)
-"""Name -> the module of its family, with `build` and `load`."""
+FAMILIES = {"segformer": "raysseg.models.segformer"}
+"""A name's beginning -> the module of its family, with `build` and `load`; it is imported when it is used."""
 
 
 def build_model(
@@ -31,11 +31,15 @@ def build_model(
     Raises:
         InputError: the weights can't be loaded or don't fit.
     """
-    built: SegModel = MODELS[model.name].build(model, classes, loss, class_weights)
+    built: SegModel = _family(model.name).build(model, classes, loss, class_weights)
     return built
 
 
 def load_model(name: str, folder: Path, classes: ClassMap) -> SegModel:
     """A model from the files that its `save` wrote."""
-    loaded: SegModel = MODELS[name].load(folder, classes)
+    loaded: SegModel = _family(name).load(folder, classes)
     return loaded
+
+
+def _family(name: str) -> Any:
+    return import_module(FAMILIES[name.partition("-")[0]])

@@ -54,6 +54,11 @@ def test_a_job_without_workers_never_loads_ray() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_a_stage_starts_without_the_models_libraries() -> None:
+    script = "import sys, raysseg.train, raysseg.evaluate; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_data_workers_start_without_torch() -> None:
     script = "import sys, raysseg.data.batches; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
