@@ -177,7 +177,8 @@ def bench_loop(rounds: int, steps: int) -> tuple[dict[str, str | float], dict[st
 
 
 def bench_ray(rounds: int, epochs: int, num_images: int) -> tuple[dict[str, str | float], dict[str, object]]:
-    overrides = [f"schedule.epochs={epochs}", "loss.dice=0"]  # the loss that transformers' model has built in
+    overrides = ["model.name=segformer-b0", "optimizer.lr=6.0e-4", f"schedule.epochs={epochs}"]
+    overrides.append("loss.dice=0")  # what is left is the loss that transformers' model has built in
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         draw_example(data, num_train=num_images, num_val=16)
@@ -227,8 +228,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of the loop")
     parser.add_argument("--steps", type=int, default=8, help="of a round of the loop")
     parser.add_argument("--ray-rounds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=4, help="of a run with two workers; the first is not counted")
-    parser.add_argument("--images", type=int, default=320, help="for the runs with two workers")
+    parser.add_argument("--epochs", type=int, default=6, help="of a run with two workers; the first is not counted")
+    parser.add_argument("--images", type=int, default=160, help="for the runs with two workers")
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs: the first is not counted, so give at least 2")

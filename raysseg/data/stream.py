@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from functools import lru_cache, partial
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import ray
 import ray.data
 from ray.data import DataContext, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raysseg.data.batches import Batch, Feed, load_chunk
 from raysseg.data.index import Failure
@@ -22,6 +24,18 @@ from raysseg.schema import InputError
 Block = dict[str, npt.NDArray[Any]]
 
 _AHEAD_CHUNKS = 6  # a worker's chunks that may wait in the object store
+_PAUSE_S = 0.05  # short beside the time that those last
+
+
+class _Pace(ExecutionCallback):  # type: ignore[misc]
+    """Lets Ray Data's scheduling pause in every step.
+
+    While training is the slower side it has nothing to wait for and spins, in a thread of the training process, from
+    which it would take the interpreter half of the time.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(_PAUSE_S)
 
 
 def iter_chunks(feed: Feed, report: Callable[[str], None]) -> Iterator[Batch]:
@@ -56,6 +70,7 @@ def _limit(feed: Feed) -> None:
     rows = len(feed.index) / feed.chunks_per_epoch / feed.num_workers
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [_Pace]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=max(256 * 2**20, int(_AHEAD_CHUNKS * rows * height * width * 5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from raysseg import storage
 from raysseg.bundle import read as read_bundle
 from raysseg.config import EvaluateJob, TrainJob, parse_as
 from raysseg.data import read_class_map, read_index
-from raysseg.data.batches import iter_chunks
+from raysseg.data.batches import build_feed, iter_chunks
 from raysseg.evaluate import evaluate
+from raysseg.ledger import Ledger
 from raysseg.predictor import Predictor
 from raysseg.train import TrainResult, train
 from raysseg.worker import Plan, train_epochs
@@ -182,3 +184,20 @@ def test_bad_sample_on_ray_is_the_users_error(ray_cluster: None, example: Path, 
     job = example_job(data, f"{s3_bucket}/runs", "scaling={workers: 2, cpus_per_worker: 0.5}", "name=bad")
     with pytest.raises(InputError, match=f"{Path(names[7]).stem}: the image can't be decoded"):
         train(job)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_data_that_wait_leave_the_processor_to_training(example: Path) -> None:
+    from raysseg.data import stream
+
+    job = example_job(str(example), "unused", "data.crop=[512, 512]", "schedule.epochs=50")
+    index = read_index(job.data.train)
+    feed = build_feed(job, index, read_class_map(job.classes), Ledger(), rank=0, num_workers=1)
+    chunks = stream.iter_chunks(feed, report=lambda _: None)
+    next(chunks)
+    time.sleep(4)  # by then as much is ready as may wait
+    before = time.process_time()
+    time.sleep(2)
+    spent = time.process_time() - before
+    chunks.close()
+    assert spent < 0.5
