@@ -24,7 +24,7 @@ from raysseg.schema import InputError
 Block = dict[str, npt.NDArray[Any]]
 
 _AHEAD_CHUNKS = 6  # a worker's chunks that may wait in the object store
-_PAUSE_S = 0.05  # short beside the time that those last
+_PAUSE_S = 0.1  # short beside the time that those last
 
 
 class _Pace(ExecutionCallback):  # type: ignore[misc]
