@@ -10,7 +10,8 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv
-	VIRTUAL_ENV=.venv $(BIN)/uv pip install -q --compile-bytecode -c constraints.txt -e ".[dev]"
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install -q -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m compileall -qq -j0 .venv/lib || true  # else each of Ray's processes may compile torch anew
 	@touch $@
 
 demo: $(READY)  ## the main job: S3 -> Ray Data -> Ray Train on 2 CPU workers -> an evaluated model and its report
