@@ -134,8 +134,8 @@ def test_pair_of_two_sizes() -> None:
         batches.decode_pair(pair(PIXELS, (7, 9)), classes)
     with pytest.raises(InputError, match=r"^a/b: the image is 9x6, its mask 6x9 .*EXIF rotation.*turn the mask"):
         batches.decode_pair(pair(PIXELS, (9, 6)), classes)
-    image, labels = batches.decode_pair(pair(PIXELS, (6, 9)), classes)
-    assert (image.shape, labels.shape) == ((6, 9, 3), (6, 9))
+    image, truth = batches.decode_pair(pair(PIXELS, (6, 9)), classes)
+    assert (image.shape, truth.labels.shape) == ((6, 9, 3), (6, 9))
 
 
 def test_pair_error_names_the_sample() -> None:
@@ -317,7 +317,7 @@ def test_format_holds_what_was_written(name: str, root: str) -> None:
     for sample, truth in zip(found, expected, strict=True):
         labels = masks.to_dense(sample, classes).labels
         assert np.array_equal(labels, masks.to_dense(truth, classes).labels)
-        assert np.array_equal(batches.decode_pair(sample, classes)[1], labels)
+        assert np.array_equal(batches.decode_pair(sample, classes)[1].labels, labels)
         assert (sample.height, sample.width) in ((0, 0), labels.shape)
 
 
