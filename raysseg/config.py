@@ -127,7 +127,7 @@ class Augment(Section):
     """How training images are varied; image and mask move together, seeded by (seed, epoch, position)."""
 
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
-    """Random resize factor, log-uniform."""
+    """Random resize factor, uniform."""
     max_class_share: Share = 0.75
     """A crop in which one class fills more than this share of the labelled pixels is drawn again."""
     min_object_share: Share = 0.0

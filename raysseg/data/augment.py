@@ -103,8 +103,8 @@ def draw_view(labels: IdMap, *, crop: tuple[int, int], config: Augment, ignore: 
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
     brightness, contrast, saturation, hue = np.multiply(strengths, rng.uniform(-1, 1, 4)).tolist()
     places = rng.random((config.tries, 2))
-    low, high = (math.log(limit) for limit in config.scale)
-    scale = math.exp(low + zoom * (high - low))
+    low, high = config.scale
+    scale = low + zoom * (high - low)
     height, width = (max(1, round(side / scale)) for side in crop)
     free = (labels.shape[0] - height, labels.shape[1] - width)
     if max(free) <= 0:  # every such window holds the whole image: none is better than another
