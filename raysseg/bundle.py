@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from raysseg import storage
 from raysseg.models import SegModel, load_model
 from raysseg.schema import ClassMap, Task
@@ -69,17 +71,10 @@ def read(uri: str) -> Bundle:
         StorageError: there is no whole bundle.
     """
     content: dict[str, Any] = storage.read_manifest(uri, MANIFEST)
-    classes = content["classes"]
     return Bundle(
         uri=uri,
         task=content["task"],
-        classes=ClassMap(
-            ids=tuple(classes["ids"]),
-            names=tuple(classes["names"]),
-            colours=tuple((int(r), int(g), int(b)) for r, g, b in classes["colours"]),
-            things=tuple(classes["things"]),
-            ignore_index=classes["ignore_index"],
-        ),
+        classes=msgspec.convert(content["classes"], ClassMap),
         model=content["model"],
         preprocessing=Preprocessing(tuple(size) if (size := content["preprocessing"]["size"]) else None),
         metrics=content["metrics"],

@@ -17,7 +17,7 @@ from raysseg.schema import InputError
 JOB_VERBS = {
     "train": "train a model, or go on with a run that stopped",
     "evaluate": "score a bundle, or stored predictions, over a data set",
-    "shard": "write a data set as Parquet shards",
+    "shard": "write a data set as Parquet shards, or --to another format",
 }
 
 
@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("job", help="job file: YAML, local or s3://")
         part.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="wins over the file")
         part.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        if verb == "shard":
+            part.add_argument("--to", metavar="FORMAT", help="output.format: shards, masks, coco or coco_panoptic")
     example = verbs.add_parser("example", help="draw the example data set, for all three tasks")
     example.add_argument("out", type=Path, help="folder to write")
     example.add_argument("--train", type=int, default=160, help="training scenes (default: %(default)s)")
@@ -73,7 +75,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any] | None:
             options.out, num_train=options.train, num_val=options.val, size=tuple(options.size), seed=options.seed
         )
         return {"data": str(options.out.resolve()), "train": options.train, "val": options.val, "seed": options.seed}
-    return _run_job(options.verb, options.job, options.overrides)
+    overrides = [*options.overrides, *([f"output.format={options.to}"] if getattr(options, "to", None) else [])]
+    return _run_job(options.verb, options.job, overrides)
 
 
 def _run_job(verb: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:

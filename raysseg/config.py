@@ -89,6 +89,9 @@ class Source(Section):
 
     on_error: Literal["stop", "skip"] | None = None
     """A sample that can't be read or used: stop the job, or skip it and list it. Default: stop."""
+    background: str | None = None
+    """Name of the class of pixels that no instance covers, where instances train or score `task: semantic`; default:
+    such pixels are ignored."""
 
     @property
     def is_skipping(self) -> bool:
@@ -104,12 +107,75 @@ class MasksSource(Source):
     """Folder of JPEG, PNG, TIFF or WebP images."""
     masks: Uri | None = None
     """Folder of PNG (palette, grey 8 or 16 bit, RGB colours of the class list), .npy or .npz masks of class ids."""
+    preset: Literal["cityscapes", "ade20k"] | None = None
+    """A data set's own layout and class list. cityscapes: leftImg8bit and gtFine with the 19 classes that are scored;
+    ade20k: the 150 of SceneParsing, where 0 is not labelled."""
+    images_end: str = ""
+    """Text in which the stems of images end, and which pairing leaves out, such as `_leftImg8bit`; others are left
+    alone."""
+    masks_end: str = ""
+    """The same of masks, such as `_gtFine_labelIds`."""
+    reduce_zero_label: bool = False
+    """Where `classes` is a list of names: the masks' ids count from 1, and 0 means not labelled."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("preset") == "cityscapes":
+            return {"images_end": "_leftImg8bit", "masks_end": "_gtFine_labelIds", **value}
+        return value
 
     @model_validator(mode="after")
     def _has_a_folder(self) -> Self:
         if self.images is None and self.masks is None:
             raise PydanticCustomError("no_folder", "names neither `images` nor `masks`; give at least one of them")
         return self
+
+
+class CocoSource(Source):
+    """COCO instances: polygons and RLE, compressed or not, in one JSON file."""
+
+    format: Literal["coco"]
+    annotations: Uri
+    """JSON file with `images`, `annotations` and `categories`."""
+    images: Uri | None = None
+    """Folder below which the files lie that `file_name` names."""
+
+
+class CocoPanopticSource(Source):
+    """COCO panoptic: a JSON file, and a folder of PNG files whose colours are segment ids."""
+
+    format: Literal["coco_panoptic"]
+    annotations: Uri
+    """JSON file with `images`, `annotations` (`segments_info`) and `categories`."""
+    masks: Uri
+    """Folder of the PNG files that the annotations name."""
+    images: Uri | None = None
+    """Folder below which the files lie that `file_name` names."""
+
+
+class YoloSource(Source):
+    """YOLO polygons: a text file an image, a line an instance: class, then x and y from 0 to 1 in turn."""
+
+    format: Literal["yolo"]
+    images: Uri
+    """Folder of images."""
+    labels: Uri
+    """Folder of .txt files, paired with the images by their path less the suffix; no file: no instance."""
+    names: Uri | None = None
+    """The YAML file of the data set, whose `names` are the categories; default: they are known by number."""
+
+
+class HuggingFaceSource(Source):
+    """A folder that `datasets` wrote (`save_to_disk`) or that holds its Parquet files, with label images."""
+
+    format: Literal["huggingface"]
+    uri: Uri
+    """Folder of one split."""
+    image: str = "image"
+    """Column of images."""
+    mask: str = "label"
+    """Column of label images."""
 
 
 class ShardsSource(Source):
@@ -120,7 +186,10 @@ class ShardsSource(Source):
     """Folder of the shards."""
 
 
-AnySource = Annotated[MasksSource | ShardsSource, Field(discriminator="format")]
+AnySource = Annotated[
+    MasksSource | CocoSource | CocoPanopticSource | YoloSource | HuggingFaceSource | ShardsSource,
+    Field(discriminator="format"),
+]
 
 
 class Augment(Section):
@@ -312,14 +381,16 @@ class BaseJob(Section):
 
 
 Classes = Uri | tuple[str, ...]
-"""A JSON file `{classes: [{id, name, colour}], ignore_index}`, or a list of names with ids 0, 1, 2, ..."""
+"""A JSON file `{classes: [{id, name, colour, isthing, from}], ignore_index, dropped}`, or a list of names: of the data
+set's categories, or with ids 0, 1, 2, ... where it names none. `from`: ids or names that are read as the class."""
 
 
 class TrainJob(BaseJob):
     """One training run."""
 
     kind: Literal["train"]
-    classes: Classes
+    classes: Classes | None = None
+    """Default: the categories of `data.train`, where it names them."""
     data: TrainData
     model: Model
     loss: Loss = Loss()
@@ -380,8 +451,6 @@ class EvaluateJob(BaseJob):
             raise PydanticCustomError("task", message, {"key": "task"})
         if (self.bundle is None) == (self.predictions is None):
             raise PydanticCustomError("sides", "give either `bundle` or `predictions`")
-        if self.predictions is not None and self.classes is None:
-            raise PydanticCustomError("classes", "missing: mask folders don't name their classes", {"key": "classes"})
         if isinstance(self.data, MasksSource):
             if self.data.masks is None:
                 raise PydanticCustomError("masks", "missing: there is no truth to score by", {"key": "data.masks"})
@@ -391,19 +460,24 @@ class EvaluateJob(BaseJob):
 
 
 class ShardOutput(Section):
-    """Where shards go, and how they are cut."""
+    """Where the data set goes, and how it is cut."""
 
+    format: Literal["shards", "masks", "coco", "coco_panoptic"] = "shards"
+    """shards, or what other programs read: folders of images and masks, COCO instances, COCO panoptic."""
     uri: Uri
+    """Folder; a run that was broken off is taken up again there."""
     rows_per_file: Annotated[int, Field(ge=1)] = 512
+    """Samples that are written in one go."""
     rows_per_group: Annotated[int, Field(ge=1)] = 32
     """Samples that are read at once."""
 
 
 class ShardJob(BaseJob):
-    """Any source into canonical Parquet shards."""
+    """Any source into canonical Parquet shards, or back."""
 
     kind: Literal["shard"]
-    classes: Classes
+    classes: Classes | None = None
+    """Default: the categories of the data set."""
     data: AnySource
     output: ShardOutput
 

@@ -164,14 +164,13 @@ def describe_failures(failures: Sequence[Failure]) -> list[str]:
 
 def _class_map(job: EvaluateJob) -> ClassMap:
     if job.bundle is None:
-        assert job.classes is not None, "the job's validator asks for them"
-        return read_class_map(job.classes)
+        return read_class_map(job.classes, job.data)
     bundle = bundles.read(job.bundle)
     if bundle.task != job.task:
         raise InputError(f"task: the bundle {job.bundle} segments for {bundle.task!r}, the job says {job.task!r}")
     if job.classes is None:
         return bundle.classes
-    classes = read_class_map(job.classes)
+    classes = read_class_map(job.classes, job.data)
     if classes.names != bundle.classes.names:
         raise InputError(
             f"classes: the job names {list(classes.names)}, the bundle was trained on {list(bundle.classes.names)}; "

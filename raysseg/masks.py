@@ -1,11 +1,13 @@
-"""Label images: from the bytes of a file to class indices, and back."""
+"""Labels as arrays: from the bytes of a sample to class indices or masks, and back."""
 
 from __future__ import annotations
 
 import io
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from tokenize import TokenError
 from zipfile import BadZipFile
 
@@ -13,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from raysseg.schema import ClassMap, InputError, Sample
+from raysseg import rle
+from raysseg.schema import ClassMap, InputError, Sample, Segment
 
 IdMap = npt.NDArray[np.uint8 | np.uint16]
 """(H, W), data-set ids or class indices."""
@@ -32,22 +35,180 @@ class LabelMap:
     ignore_index: int
 
 
+@dataclass(frozen=True)
+class MaskSet:
+    """Instances of one image; they may overlap.
+
+    Attributes:
+        masks: (N, H, W) bool.
+        class_ids: (N,) int64 class indices.
+        is_crowd: (N,) bool, groups that are not told apart.
+        scores: (N,) float32 in [0, 1]; None for ground truth.
+    """
+
+    masks: npt.NDArray[np.bool_]
+    class_ids: npt.NDArray[np.int64]
+    is_crowd: npt.NDArray[np.bool_]
+    scores: npt.NDArray[np.float32] | None = None
+
+
+# --- views of a sample --------------------------------------------------------------------------------------------
+
+
 def to_dense(sample: Sample, classes: ClassMap) -> LabelMap:
     """The semantic view of a sample.
 
+    Of overlapping instances the smaller one wins; crowds are ignored; what no instance covers is `classes.uncovered`.
+    The regions of an id map have their class, and what lies between them is ignored.
+
     Raises:
-        InputError: the label image can't be read, or holds ids or colours that the class list lacks.
+        InputError: the sample is not labelled, a label can't be read, or holds ids or colours that the class list
+            lacks.
     """
-    if sample.id_map is None:
-        raise InputError(f"{sample.sample_id}: has no mask")
     try:
-        ids = decode_id_map(sample.id_map, classes)
-        return LabelMap(to_indices(ids, classes), classes.ignore)
+        if sample.id_map is not None and sample.segments is not None:
+            numbers, table = _numbers(sample, sample.segments), _class_of_number(sample.segments, classes)
+            return LabelMap(table.take(numbers), classes.ignore)
+        if sample.id_map is not None:
+            return LabelMap(to_indices(decode_id_map(sample.id_map, classes), classes), classes.ignore)
+        if sample.segments is not None:
+            return LabelMap(_paint_classes(sample, sample.segments, classes), classes.ignore)
+        raise InputError("has no mask")
     except InputError as error:
         raise InputError(f"{sample.sample_id}: {error}") from error
 
 
-def decode_id_map(data: bytes, classes: ClassMap) -> IdMap:
+def to_instances(sample: Sample, classes: ClassMap) -> MaskSet:
+    """The instance view of a sample: its things, crowds among them; empty masks are left out.
+
+    Raises:
+        InputError: the sample has no instances to tell apart, a label can't be read, or holds unknown ids.
+    """
+    try:
+        if sample.segments is None:
+            raise InputError("has labels of classes alone; instances need COCO, YOLO or panoptic annotations")
+        things = [
+            (number, segment, index)
+            for number, segment in enumerate(sample.segments, 1)
+            if (index := _index_of(segment.class_id, classes)) is not None and classes.things[index]
+        ]
+        if sample.id_map is not None:
+            numbers = _numbers(sample, sample.segments)
+            size = (numbers.shape[0], numbers.shape[1])
+            found = [numbers == number for number, _, _ in things]
+        else:
+            size = (sample.height, sample.width)
+            found = [rle.to_mask(_runs(segment, size), size) for _, segment, _ in things]
+    except InputError as error:
+        raise InputError(f"{sample.sample_id}: {error}") from error
+    kept = [i for i, mask in enumerate(found) if mask.any()]
+    scores = [things[i][1].score for i in kept]
+    return MaskSet(
+        masks=np.stack([found[i] for i in kept]) if kept else np.zeros((0, *size), np.bool_),
+        class_ids=np.array([things[i][2] for i in kept], np.int64),
+        is_crowd=np.array([things[i][1].is_crowd for i in kept], np.bool_),
+        scores=None if None in scores or not kept else np.array(scores, np.float32),
+    )
+
+
+def to_numbers(sample: Sample) -> tuple[IdMap, int]:
+    """The disjoint view of a sample's segments: 1 + place of each pixel's segment, 0 for none, (H, W).
+
+    Of overlapping segments the smaller one wins, and crowds lose; the second value is how many pixels were in several.
+
+    Raises:
+        InputError: a segment's RLE does not fit the sample.
+    """
+    assert sample.segments is not None, "label images have no segments"
+    if sample.id_map is not None:
+        return _numbers(sample, sample.segments), 0
+    size = (sample.height, sample.width)
+    runs = [_runs(segment, size) for segment in sample.segments]
+    values = list(range(1, len(runs) + 1))
+    numbers = _paint(size, runs, values, [segment.is_crowd for segment in sample.segments], 0, np.uint16)
+    return numbers, sum(map(rle.area, runs)) - int(np.count_nonzero(numbers))
+
+
+def _numbers(sample: Sample, segments: tuple[Segment, ...]) -> IdMap:
+    """The id map of a sample with segments: 1 + place in them, 0 for void."""
+    assert sample.id_map is not None
+    numbers = decode_id_map(sample.id_map)
+    if (most := int(numbers.max(initial=0))) > len(segments):
+        raise InputError(f"the id map holds the number {most}, but there are {len(segments)} segments")
+    return numbers
+
+
+def _class_of_number(segments: tuple[Segment, ...], classes: ClassMap) -> IdMap:
+    """For each number of an id map its class index; void and dropped classes are ignored."""
+    indices = [_index_of(segment.class_id, classes) for segment in segments]
+    return np.array([classes.ignore, *(classes.ignore if i is None else i for i in indices)], classes.dtype)
+
+
+def _index_of(class_id: int, classes: ClassMap) -> int | None:
+    """The index of a data-set id; None if it is dropped."""
+    table, is_known = _index_table(classes)
+    if not 0 <= class_id <= 65535 or not is_known[class_id]:
+        raise InputError(
+            f"has a segment of class id {class_id}, which the class list lacks; add it, or name it in `dropped`"
+        )
+    index = int(table[class_id])
+    return None if index == classes.ignore else index
+
+
+def _runs(segment: Segment, size: tuple[int, int]) -> rle.Runs:
+    assert segment.rle is not None, "segments without an id map carry their own RLE"
+    return rle.to_runs(segment.rle, size)
+
+
+def _paint_classes(sample: Sample, segments: tuple[Segment, ...], classes: ClassMap) -> IdMap:
+    size = (sample.height, sample.width)
+    known = [(s, index) for s in segments if (index := _index_of(s.class_id, classes)) is not None]
+    return _paint(
+        size,
+        [_runs(segment, size) for segment, _ in known],
+        [classes.ignore if segment.is_crowd else index for segment, index in known],
+        [segment.is_crowd for segment, _ in known],
+        classes.ignore if classes.uncovered is None else classes.uncovered,
+        classes.dtype,
+    )
+
+
+def _paint(
+    size: tuple[int, int],
+    runs: Sequence[rle.Runs],
+    values: Sequence[int],
+    is_crowd: Sequence[bool],
+    base: int,
+    dtype: type[np.uint8] | type[np.uint16],
+) -> IdMap:
+    """Regions that may overlap as one map, (H, W): crowds first, then from the largest to the smallest."""
+    pixels: IdMap = np.full(size[0] * size[1], base, dtype)  # down the columns
+    for i in sorted(range(len(runs)), key=lambda i: (not is_crowd[i], -rle.area(runs[i]))):
+        rle.paint(pixels, runs[i], values[i])
+    return np.ascontiguousarray(pixels.reshape(size[::-1]).T)
+
+
+def with_classes(sample: Sample, classes: ClassMap) -> Sample:
+    """A sample whose segments have the ids of the class list; dropped ones are gone."""
+    assert sample.segments is not None, "label images have no segments"
+    kept = [
+        (number, replace(segment, class_id=classes.ids[index]))
+        for number, segment in enumerate(sample.segments, 1)
+        if (index := _index_of(segment.class_id, classes)) is not None
+    ]
+    id_map = sample.id_map
+    if id_map is not None:
+        table: IdMap = np.zeros(len(sample.segments) + 1, np.uint16 if len(kept) > 255 else np.uint8)
+        table[[number for number, _ in kept]] = np.arange(1, len(kept) + 1)
+        numbers: IdMap = table.take(_numbers(sample, sample.segments))
+        id_map = encode_id_map(numbers)
+    return replace(sample, id_map=id_map, segments=tuple(segment for _, segment in kept))
+
+
+# --- label images -------------------------------------------------------------------------------------------------
+
+
+def decode_id_map(data: bytes, classes: ClassMap | None = None) -> IdMap:
     """Reads a mask file into data-set ids, (H, W).
 
     PNG: palette and grey pixels (1 to 16 bit) are ids; RGB pixels are the class list's colours, and black is ignored
@@ -67,7 +228,7 @@ def decode_id_map(data: bytes, classes: ClassMap) -> IdMap:
                 return np.array(image).astype(np.uint16)
             if image.mode == "LA":
                 return np.array(image.getchannel("L"))
-            if image.mode in ("RGB", "RGBA"):
+            if image.mode in ("RGB", "RGBA") and classes is not None:
                 return _from_colours(np.array(image.convert("RGB")), classes)
             mode = image.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -93,6 +254,13 @@ def encode_id_map(ids: IdMap, classes: ClassMap | None = None) -> bytes:
         image.putpalette(palette.tobytes())
     out = io.BytesIO()
     image.save(out, "PNG")
+    return out.getvalue()
+
+
+def pack_id_map(ids: IdMap) -> bytes:
+    """Writes ids as a numpy file: large, and far faster than PNG, for what is read again at once."""
+    out = io.BytesIO()
+    np.save(out, ids)
     return out.getvalue()
 
 
@@ -123,8 +291,11 @@ def _index_table(classes: ClassMap) -> tuple[IdMap, npt.NDArray[np.bool_]]:
     """For each id 0 to 65535 its class index, and whether the class list knows it."""
     table = np.full(65536, classes.ignore, classes.dtype)
     table[list(classes.ids)] = np.arange(len(classes))
+    for index, ids in enumerate(classes.aliases):
+        table[list(ids)] = index
+    table[list(classes.dropped)] = classes.ignore
     is_known = np.zeros(65536, np.bool_)
-    is_known[[*classes.ids, classes.ignore_index]] = True
+    is_known[[*classes.ids, *chain.from_iterable(classes.aliases), *classes.dropped, classes.ignore_index]] = True
     return table, is_known
 
 

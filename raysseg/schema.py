@@ -28,6 +28,10 @@ class ClassMap:
         colours: one (red, green, blue) a class, each 0 to 255.
         things: whether each class is countable (a thing) or not (stuff).
         ignore_index: the data-set id that stands for "not labelled".
+        aliases: further data-set ids that are read as each class; empty where there are none at all.
+        dropped: data-set ids that are read as if nothing were labelled there.
+        uncovered: index of the class of pixels that no instance covers, where instances are seen as semantic labels;
+            None: they are ignored.
     """
 
     ids: tuple[int, ...]
@@ -35,6 +39,9 @@ class ClassMap:
     colours: tuple[tuple[int, int, int], ...]
     things: tuple[bool, ...]
     ignore_index: int = 255
+    aliases: tuple[tuple[int, ...], ...] = ()
+    dropped: tuple[int, ...] = ()
+    uncovered: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,9 +88,9 @@ class Sample:
         image: the encoded image file (JPEG, PNG, ...); None where only labels are at hand.
         height: pixels, after EXIF orientation; 0 where not known before decoding.
         width: likewise.
-        id_map: encoded label image: class ids where ``segments`` is empty, else 1 + position in ``segments`` with 0 for
+        id_map: encoded label image: class ids where ``segments`` is None, else 1 + position in ``segments`` with 0 for
             void. None where the segments carry their own RLE, or nothing is labelled.
-        segments: instances and stuff regions; empty for semantic label images.
+        segments: instances and stuff regions; None for semantic label images and unlabelled images.
     """
 
     sample_id: str
@@ -91,4 +98,4 @@ class Sample:
     height: int
     width: int
     id_map: bytes | None
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[Segment, ...] | None = None

@@ -56,7 +56,7 @@ def train(job: TrainJob) -> TrainResult:
         InputError: the data or the weights can't be used, or the run exists with other settings.
         StorageError: a source or the storage can't be reached.
     """
-    classes = read_class_map(job.classes)
+    classes = read_class_map(job.classes, job.data.train)
     _check_metric(job, classes)
     splits = {"train": read_index(job.data.train), "val": read_index(job.data.val)}
     for split, index in splits.items():

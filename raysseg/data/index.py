@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -13,7 +14,8 @@ import pyarrow as pa
 
 from raysseg import storage
 from raysseg.config import AnySource
-from raysseg.schema import Sample
+from raysseg.data.classes import Vocabulary
+from raysseg.schema import ClassMap, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +70,48 @@ class SampleIndex:
 
 
 class Format(Protocol):
-    """A module that reads one format: the two functions below, typed by its source."""
+    """A module that reads one format: the functions below, typed by its source."""
 
     @staticmethod
     def read_index(source: AnySource) -> SampleIndex:
         """Lists the samples of a source."""
 
     @staticmethod
+    def read_vocabulary(source: AnySource) -> Vocabulary | None:
+        """What the source's ids stand for; None where it does not say."""
+
+    @staticmethod
     def read_samples(source: AnySource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:
         """Reads samples, in the order of their references; what can't be read comes back as a Failure."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A part of a data set that is on storage.
+
+    Attributes:
+        rows: one a sample: what `finish` needs of it.
+        lost: samples of which the format could not hold everything, and what it was.
+    """
+
+    rows: pa.Table
+    lost: tuple[Failure, ...] = ()
+
+
+class Writer(Protocol):
+    """A module that writes one format, part by part; a file called MANIFEST, written last, declares it finished."""
+
+    MANIFEST: str
+
+    @staticmethod
+    def write_part(
+        uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int
+    ) -> Written:
+        """Writes some samples, with the class list's ids; raises InputError for what the format has no place for."""
+
+    @staticmethod
+    def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
+        """Writes what stands once: the index or the annotations, and the classes."""
 
 
 def write_failures(run_uri: str, failures: dict[str, list[Failure]]) -> None:

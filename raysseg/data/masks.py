@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raysseg import storage
 from raysseg.config import MasksSource
-from raysseg.data.index import Failure, SampleIndex
-from raysseg.schema import InputError, Sample
+from raysseg.data.classes import Vocabulary, preset_uri, read_class_list, to_categories
+from raysseg.data.files import IMAGE_SUFFIXES, files_by_stem, read_file, read_rows, write_image
+from raysseg.data.index import Failure, SampleIndex, Written
+from raysseg.masks import encode_id_map, to_dense, to_ids, to_numbers
+from raysseg.schema import ClassMap, InputError, Sample
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"})
+MANIFEST = "classes.json"  # of folders that we write
 MASK_SUFFIXES = frozenset({".png", ".npy", ".npz"})
-_READERS = 8  # threads a call; reading waits on storage, not on the CPU
+
+
+def read_vocabulary(source: MasksSource) -> Vocabulary | None:
+    """That of the preset; folders themselves don't name their classes."""
+    return read_class_list(preset_uri(source.preset)) if source.preset else None
 
 
 def read_index(source: MasksSource) -> SampleIndex:
@@ -24,8 +32,11 @@ def read_index(source: MasksSource) -> SampleIndex:
     Raises:
         InputError: an empty folder, an image without its mask or the reverse (unless the source skips), a stem twice.
     """
-    images = _files_by_stem(source.images, IMAGE_SUFFIXES) if source.images is not None else None
-    masks = _files_by_stem(source.masks, MASK_SUFFIXES) if source.masks is not None else None
+    images = masks = None
+    if source.images is not None:
+        images = files_by_stem(source.images, IMAGE_SUFFIXES, source.images_end)
+    if source.masks is not None:
+        masks = files_by_stem(source.masks, MASK_SUFFIXES, source.masks_end)
     failures: list[Failure] = []
     if images is None or masks is None:
         stems = sorted((images if masks is None else masks) or {})
@@ -54,41 +65,11 @@ def read_index(source: MasksSource) -> SampleIndex:
 def read_samples(source: MasksSource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:
     """Reads the files of some samples, several at a time."""
 
-    def read(row: dict[str, str | None]) -> Sample | Failure:
-        sample_id = str(row["sample_id"])
-        try:
-            image = _read_file(source.images, row["image"]) if with_images else None
-            mask = _read_file(source.masks, row["mask"])
-        except storage.StorageError as error:
-            return Failure(sample_id, str(error))
-        return Sample(sample_id, image, 0, 0, mask)
+    def read(row: dict[str, Any]) -> Sample:
+        image = read_file(source.images, row["image"]) if with_images else None
+        return Sample(row["sample_id"], image, 0, 0, read_file(source.masks, row["mask"]))
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, references.to_pylist()))
-
-
-def _read_file(folder: str | None, name: str | None) -> bytes | None:
-    return None if folder is None or name is None else storage.read_bytes(storage.join(folder, name))
-
-
-def _files_by_stem(folder: str, suffixes: frozenset[str]) -> dict[str, str]:
-    """Paths below a folder by their path less the suffix; files of other kinds are left alone."""
-    by_stem: dict[str, str] = {}
-    for entry in storage.list_files(folder):
-        path = PurePosixPath(entry.path)
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
-            continue
-        stem = str(path.with_suffix(""))
-        if stem in by_stem:
-            raise InputError(
-                f"{folder}: {by_stem[stem]} and {path} share one stem, so neither can be paired; rename one"
-            )
-        by_stem[stem] = str(path)
-    if not by_stem:
-        raise InputError(
-            f"{folder}: the folder holds no file ending in {', '.join(sorted(suffixes))}; is it the right one?"
-        )
-    return by_stem
+    return read_rows(read, references)
 
 
 def _unpaired(source: MasksSource, failures: list[Failure], num_pairs: int) -> str:
@@ -99,3 +80,28 @@ def _unpaired(source: MasksSource, failures: list[Failure], num_pairs: int) -> s
         f"but {len(failures)} files have no partner of the same stem:\n"
         f"  {shown}{more}\nAdd what is missing, or set on_error: skip to leave them out and list them"
     )
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
+    """Writes images and masks; instances become labels of their classes, which is noted."""
+    lost = []
+    for sample in samples:
+        labels = to_dense(sample, classes).labels
+        mask = encode_id_map(to_ids(labels, classes), classes)
+        storage.write_bytes(storage.join(uri, "masks", f"{sample.sample_id}.png"), mask)
+        write_image(storage.join(uri, "images"), sample)
+        if sample.segments:
+            reason = f"{len(sample.segments)} segments are labels of their classes now, and not told apart"
+            if overlap := to_numbers(sample)[1]:
+                reason += f"; {overlap} pixels of several instances belong to the smallest one"
+            lost.append(Failure(sample.sample_id, reason))
+    return Written(pa.table({"sample_id": [sample.sample_id for sample in samples]}), tuple(lost))
+
+
+def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
+    """Writes the class list."""
+    content = {"classes": to_categories(classes), "ignore_index": classes.ignore_index}
+    storage.write_text(storage.join(uri, MANIFEST), json.dumps(content, indent=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 
 from raysseg import storage
 from raysseg.config import ShardsSource
-from raysseg.data.index import Failure, SampleIndex
+from raysseg.data.classes import Vocabulary, read_class_list, to_categories
+from raysseg.data.index import Failure, SampleIndex, Written
 from raysseg.schema import ClassMap, InputError, Sample, Segment
 
 MANIFEST = "shards.json"
@@ -38,20 +40,30 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 
+def read_vocabulary(source: ShardsSource) -> Vocabulary:
+    """The classes of the data set that was sharded."""
+    _require_manifest(source)
+    return read_class_list(storage.join(source.uri, MANIFEST))
+
+
 def read_index(source: ShardsSource) -> SampleIndex:
     """Reads the index; the samples of one row group are one group, since they are read at once.
 
     Raises:
         InputError: the folder holds no finished shards.
     """
+    _require_manifest(source)
+    references = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(source.uri, INDEX))))
+    key = references["file_number"].to_numpy().astype(np.int64) * 2**32 + references["row_group"].to_numpy()
+    return SampleIndex(source, references, np.unique(key, return_inverse=True)[1].astype(np.int64))
+
+
+def _require_manifest(source: ShardsSource) -> None:
     if not storage.exists(storage.join(source.uri, MANIFEST)):
         raise InputError(
             f"{source.uri}: there is no {MANIFEST} in it, so these are no finished shards; "
             "write them with `raysseg shard JOB`, or finish a broken-off one by running it again"
         )
-    references = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(source.uri, INDEX))))
-    key = references["file_number"].to_numpy().astype(np.int64) * 2**32 + references["row_group"].to_numpy()
-    return SampleIndex(source, references, np.unique(key, return_inverse=True)[1].astype(np.int64))
 
 
 def read_samples(source: ShardsSource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:
@@ -73,13 +85,13 @@ def read_samples(source: ShardsSource, references: pa.Table, *, with_images: boo
 def to_sample(table: pa.Table, row: int) -> Sample:
     """One row of a table of SAMPLE_SCHEMA."""
     values = table.slice(row, 1).to_pylist()[0]
-    return Sample(
-        **{"image": None, **values, "segments": tuple(Segment(**segment) for segment in values["segments"] or ())}
-    )
+    if values["segments"] is not None:
+        values["segments"] = tuple(Segment(**segment) for segment in values["segments"])
+    return Sample(**{"image": None, **values})
 
 
-def write_file(uri: str, number: int, samples: Sequence[Sample], rows_per_group: int) -> pa.Table:
-    """Writes one Parquet file of shards; returns its part of the index."""
+def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
+    """Writes one Parquet file; its rows go into the index."""
     rows = [
         {
             "sample_id": sample.sample_id,
@@ -87,10 +99,7 @@ def write_file(uri: str, number: int, samples: Sequence[Sample], rows_per_group:
             "height": sample.height,
             "width": sample.width,
             "id_map": sample.id_map,
-            "segments": [
-                {"class_id": s.class_id, "is_crowd": s.is_crowd, "score": s.score, "rle": s.rle}
-                for s in sample.segments
-            ],
+            "segments": None if sample.segments is None else [asdict(segment) for segment in sample.segments],
         }
         for sample in samples
     ]
@@ -102,16 +111,32 @@ def write_file(uri: str, number: int, samples: Sequence[Sample], rows_per_group:
     )
     storage.write_bytes(storage.join(uri, file_name(number)), sink.getvalue())
     place = np.arange(len(samples), dtype=np.int32)
-    return pa.table(
-        {
-            "sample_id": table["sample_id"],
-            "file_number": np.full(len(samples), number, dtype=np.int32),
-            "row_group": place // rows_per_group,
-            "row": place % rows_per_group,
-            "height": table["height"],
-            "width": table["width"],
-        }
+    return Written(
+        pa.table(
+            {
+                "sample_id": table["sample_id"],
+                "file_number": np.full(len(samples), number, dtype=np.int32),
+                "row_group": place // rows_per_group,
+                "row": place % rows_per_group,
+                "height": table["height"],
+                "width": table["width"],
+            }
+        )
     )
+
+
+def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
+    """Writes the index, and then the manifest."""
+    sink = io.BytesIO()
+    pq.write_table(rows, sink)
+    storage.write_bytes(storage.join(uri, INDEX), sink.getvalue())
+    manifest = {
+        "version": 1,
+        "num_samples": len(rows),
+        "classes": to_categories(classes),
+        "ignore_index": classes.ignore_index,
+    }
+    storage.write_text(storage.join(uri, MANIFEST), json.dumps(manifest, indent=2))
 
 
 def file_name(number: int) -> str:
@@ -130,15 +155,3 @@ def _metadata(path: str) -> pq.FileMetaData:
     """A file's footer, kept: it holds the places of all row groups."""
     with storage.open_input(path) as file:
         return pq.read_metadata(file)
-
-
-def write_manifest(uri: str, classes: ClassMap, num_samples: int, num_files: int) -> None:
-    """Declares a folder of shards finished."""
-    manifest = {
-        "version": 1,
-        "num_samples": num_samples,
-        "num_files": num_files,
-        "classes": [{"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)],
-        "ignore_index": classes.ignore_index,
-    }
-    storage.write_text(storage.join(uri, MANIFEST), json.dumps(manifest, indent=2))

@@ -108,7 +108,7 @@ def test_schema_is_a_schema_and_refuses_what_the_job_refuses() -> None:
         changed(TRAIN, modle={}),
         changed(TRAIN, optimizer__lr=-1),
         changed(TRAIN, kind="trian"),
-        changed(EVALUATE, data__format="coco"),
+        changed(EVALUATE, data__format="voc"),
         changed(SHARD, output=NOTHING),
     ):
         with pytest.raises(jsonschema.ValidationError):
@@ -293,7 +293,11 @@ def test_local_paths_become_absolute_and_remote_ones_stay(tmp_path: Path, monkey
             {"data__train__on_error": "ignore"},
             "data.train.on_error: received \"ignore\"; allowed: 'stop' or 'skip'",
         ),
-        ({"data__train__format": "coco"}, "data.train.format: received \"coco\"; allowed: 'masks', 'shards'"),
+        (
+            {"data__train__format": "voc"},
+            "data.train.format: received \"voc\"; allowed: 'masks', 'coco', 'coco_panoptic', 'yolo', 'huggingface', "
+            "'shards'",
+        ),
         ({"data__train__format": NOTHING}, "data.train.format: missing; it has no default"),
         ({"data__train__masks": 5}, "data.train.masks: received 5; allowed: text"),
         ({"data__train__masks": NOTHING}, "data.train: needs both `images` and `masks` to train"),
@@ -352,7 +356,6 @@ def test_all_mistakes_are_told_at_once() -> None:
     [
         ({"predictions": NOTHING}, "job: give either `bundle` or `predictions`"),
         ({"bundle": "/b"}, "job: give either `bundle` or `predictions`"),
-        ({"classes": NOTHING}, "classes: missing: mask folders don't name their classes"),
         ({"task": "panoptic"}, "task: only semantic segmentation is scored; set `task: semantic`"),
         (
             {"data": {"format": "masks", "images": "/i"}},

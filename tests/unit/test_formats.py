@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +14,17 @@ import pytest
 from PIL import Image, ImageOps
 
 from raysseg import masks, storage
-from raysseg.config import MasksSource, ShardJob, ShardsSource, parse
+from raysseg.config import (
+    AnySource,
+    CocoPanopticSource,
+    CocoSource,
+    HuggingFaceSource,
+    MasksSource,
+    ShardJob,
+    ShardsSource,
+    YoloSource,
+    parse,
+)
 from raysseg.data import FORMATS, batches, read_class_map, read_index, read_samples
 from raysseg.data.index import Failure
 from raysseg.schema import InputError, Sample
@@ -283,15 +296,75 @@ def shard_job(root: str, **more: object) -> ShardJob:
     return job
 
 
-def write_shards(root: str) -> None:
+def write_as(output: str, root: str) -> None:
     write_masks(root)
-    shard(shard_job(root))
+    shard(
+        shard_job(root, output={"format": output, "uri": f"{root}/{output}", "rows_per_file": 3, "rows_per_group": 2})
+    )
+
+
+def write_coco(root: str) -> None:
+    write_as("coco_panoptic", root)
+    data = {"format": "coco_panoptic", "images": f"{root}/images"}
+    data |= {
+        name: f"{root}/coco_panoptic/{path}"
+        for name, path in (("annotations", "annotations.json"), ("masks", "panoptic"))
+    }
+    shard(shard_job(root, data=data, output={"format": "coco", "uri": f"{root}/coco"}))
+
+
+def write_yolo(root: str) -> None:
+    """Every pixel is a polygon."""
+    write_masks(root)
+    classes = read_class_map(CLASSES)
+    for sample in read_samples(read_index(source(root))):
+        assert isinstance(sample, Sample)
+        labels = masks.to_dense(sample, classes).labels
+        height, width = labels.shape
+        lines = []
+        for y, x in zip(*np.nonzero(labels != 255), strict=True):
+            corners = [(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)]
+            lines.append(" ".join([str(labels[y, x]), *(f"{a / width!s} {b / height!s}" for a, b in corners)]))
+        put(root, {f"labels/{sample.sample_id}.txt": "\n".join(lines).encode()})
+
+
+def write_huggingface(root: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    write_masks(root)
+    local = Path(tempfile.mkdtemp(prefix="raysseg-test-"))
+    rows = [(s.sample_id, s.image, s.id_map) for s in read_samples(read_index(source(root))) if isinstance(s, Sample)]
+    images = [{"bytes": image, "path": f"{name}.png"} for name, image, _ in rows]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    labels = [{"bytes": mask, "path": None} for _, _, mask in rows]
+    data = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    data.save_to_disk(str(local), num_shards=2)
+    put(root, {f"hf/{path.name}": path.read_bytes() for path in local.iterdir()})
+    shutil.rmtree(local)
+
+
+def coco_panoptic(root: str) -> CocoPanopticSource:
+    folder = f"{root}/coco_panoptic"
+    return CocoPanopticSource(
+        format="coco_panoptic",
+        annotations=f"{folder}/annotations.json",
+        masks=f"{folder}/panoptic",
+        images=f"{folder}/images",
+    )
 
 
 # Writes the same NUM_SAMPLES samples below a folder, and returns nothing; each format's source for them.
-WRITERS: dict[str, tuple[Callable[[str], None], Callable[[str], MasksSource | ShardsSource]]] = {
+WRITERS: dict[str, tuple[Callable[[str], None], Callable[[str], AnySource]]] = {
     "masks": (write_masks, source),
-    "shards": (write_shards, lambda root: ShardsSource(format="shards", uri=f"{root}/shards")),
+    "coco": (
+        write_coco,
+        lambda root: CocoSource(
+            format="coco", annotations=f"{root}/coco/annotations.json", images=f"{root}/coco/images"
+        ),
+    ),
+    "coco_panoptic": (partial(write_as, "coco_panoptic"), coco_panoptic),
+    "yolo": (write_yolo, lambda root: YoloSource(format="yolo", images=f"{root}/images", labels=f"{root}/labels")),
+    "huggingface": (write_huggingface, lambda root: HuggingFaceSource(format="huggingface", uri=f"{root}/hf")),
+    "shards": (partial(write_as, "shards"), lambda root: ShardsSource(format="shards", uri=f"{root}/shards")),
 }
 
 
@@ -307,12 +380,15 @@ def test_format_holds_what_was_written(name: str, root: str) -> None:
     index = read_index(build_source(root))
     plain = read_index(source(root))
     assert len(index) == NUM_SAMPLES
-    assert index.sample_ids == plain.sample_ids
+    sample_ids = plain.sample_ids
+    if name == "huggingface":  # keeps the names of files, not their folders
+        sample_ids = [PurePosixPath(sample_id).name for sample_id in sample_ids]
+    assert index.sample_ids == sample_ids
     assert index.groups[0] == 0
     assert set(np.diff(index.groups).tolist()) <= {0, 1}
     expected = [s for s in read_samples(plain) if isinstance(s, Sample)]
     found = [s for s in read_samples(index) if isinstance(s, Sample)]
-    assert [s.sample_id for s in found] == plain.sample_ids
+    assert [s.sample_id for s in found] == sample_ids
     assert [s.image for s in found] == [s.image for s in expected]
     for sample, truth in zip(found, expected, strict=True):
         labels = masks.to_dense(sample, classes).labels
@@ -335,6 +411,7 @@ def test_format_reads_in_the_order_asked_for_and_without_images(name: str, tmp_p
         assert isinstance(whole, Sample)
         assert sample.image is None
         assert sample.id_map == whole.id_map
+        assert sample.segments == whole.segments
         assert whole.image is not None
 
 
@@ -354,7 +431,9 @@ def test_fingerprint_follows_the_samples(name: str, tmp_path: Path) -> None:
 def test_shards_are_cut_as_asked(tmp_path: Path) -> None:
     write_masks(str(tmp_path))
     result = shard(shard_job(str(tmp_path)))
-    assert (result.num_samples, result.num_files, result.skipped) == (7, 3, 0)
+    assert (result.num_samples, result.skipped, result.lost) == (7, 0, 0)
+    assert len(list((tmp_path / "shards").glob("shard-*.parquet"))) == 3
+    assert not (tmp_path / "shards/parts").exists()
     index = read_index(ShardsSource(format="shards", uri=result.uri))
     assert index.groups.tolist() == [0, 0, 1, 2, 2, 3, 4]
     manifest = json.loads((tmp_path / "shards" / "shards.json").read_text())
@@ -371,8 +450,8 @@ def test_shards_without_a_manifest_are_refused(root: str) -> None:
 
 
 def test_finished_shards_are_not_written_over(tmp_path: Path) -> None:
-    write_shards(str(tmp_path))
-    with pytest.raises(InputError, match=r"^output\.uri: .*holds finished shards; name another folder"):
+    write_as("shards", str(tmp_path))
+    with pytest.raises(InputError, match=r"^output\.uri: .*holds a finished data set; name another folder"):
         shard(shard_job(str(tmp_path)))
 
 

@@ -1,0 +1,303 @@
+"""The `coco` format: instances of one JSON file, as polygons or RLE, and a folder of images.
+
+The JSON is read once, where the index is made. Each annotation's segmentation stays the text that it was, in an Arrow
+column that Ray's object store holds once a node; it becomes RLE when its sample is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pycocotools import mask as coco_mask
+
+from raysseg import rle, storage
+from raysseg.config import CocoSource
+from raysseg.data.classes import Category, Vocabulary, to_categories
+from raysseg.data.files import read_file, read_rows, write_image
+from raysseg.data.index import Failure, SampleIndex, Written
+from raysseg.masks import to_numbers
+from raysseg.schema import ClassMap, InputError, Sample, Segment
+
+T = TypeVar("T")
+
+
+class CocoImage(msgspec.Struct):
+    """An entry of `images`."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class CocoCategory(msgspec.Struct):
+    """An entry of `categories`."""
+
+    id: int
+    name: str
+    color: tuple[int, int, int] | None = None
+    isthing: int = 1
+
+
+class _Annotation(msgspec.Struct):
+    image_id: int
+    category_id: int
+    segmentation: msgspec.Raw
+    id: int = 0
+    iscrowd: int = 0
+    score: float | None = None
+
+
+class _Content(msgspec.Struct):
+    images: list[CocoImage]
+    annotations: list[_Annotation]
+    categories: list[CocoCategory]
+
+
+class _Categories(msgspec.Struct):
+    categories: list[CocoCategory]
+
+
+class _UncompressedRle(msgspec.Struct):
+    counts: list[int]
+    size: tuple[int, int]
+
+
+class _CompressedRle(msgspec.Struct):
+    counts: str
+    size: tuple[int, int]
+
+
+def read_vocabulary(source: CocoSource) -> Vocabulary:
+    """The categories of the annotations file."""
+    return to_vocabulary(read_json(source.annotations, _Categories).categories)
+
+
+def read_index(source: CocoSource) -> SampleIndex:
+    """Reads the annotations file; every image is a sample, every sample its own group.
+
+    Raises:
+        InputError: the file is no COCO instances file, an annotation has no image or no category, or two images would
+            share a sample id.
+    """
+    content = read_json(source.annotations, _Content)
+    images, annotations = content.images, content.annotations
+    sample_ids = to_sample_ids(source.annotations, images)
+    rows = find_rows(source.annotations, images, [annotation.image_id for annotation in annotations])
+    known = {category.id for category in content.categories}
+    for annotation in annotations:
+        if annotation.category_id not in known:
+            raise InputError(
+                f"{source.annotations}: annotation {annotation.id} has category_id {annotation.category_id}, which is "
+                "none of `categories`; add the category, or remove the annotation"
+            )
+    order = np.argsort(rows, kind="stable")
+    values = pa.table(
+        {
+            "id": pa.array([a.id for a in annotations], pa.int64()),
+            "class_id": pa.array([a.category_id for a in annotations], pa.int32()),
+            "is_crowd": pa.array([bool(a.iscrowd) for a in annotations], pa.bool_()),
+            "score": pa.array([a.score for a in annotations], pa.float32()),
+            "segmentation": pa.array([bytes(a.segmentation) for a in annotations], pa.large_binary()),
+        }
+    ).take(pa.array(order))
+    references = pa.table(
+        {
+            "sample_id": pa.array(sample_ids, pa.string()),
+            "image": pa.array([image.file_name for image in images], pa.string()),
+            "height": pa.array([image.height for image in images], pa.int32()),
+            "width": pa.array([image.width for image in images], pa.int32()),
+            "annotations": to_lists(values, rows, len(images)),
+        }
+    )
+    return SampleIndex(source, references, np.arange(len(images), dtype=np.int64))
+
+
+def read_samples(source: CocoSource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:
+    """Reads the images of some samples, several at a time, and turns their annotations to RLE."""
+
+    def read(row: dict[str, Any]) -> Sample:
+        size = (row["height"], row["width"])
+        image = read_file(source.images, row["image"]) if with_images else None
+        segments = tuple(_to_segment(annotation, size) for annotation in row["annotations"])
+        return Sample(row["sample_id"], image, *size, None, segments)
+
+    return read_rows(read, references)
+
+
+def _to_segment(annotation: dict[str, Any], size: tuple[int, int]) -> Segment:
+    try:
+        encoded = to_rle(annotation["segmentation"], size)
+    except InputError as error:
+        raise InputError(f"annotation {annotation['id']} {error}") from error
+    return Segment(annotation["class_id"], annotation["is_crowd"], annotation["score"], encoded)
+
+
+_as_segmentation = msgspec.json.Decoder(list[list[float]] | dict[str, Any]).decode
+
+
+def to_rle(segmentation: bytes, size: tuple[int, int]) -> bytes:
+    """Compressed RLE of an annotation's `segmentation`, which is JSON: polygons, or RLE of either kind.
+
+    Args:
+        segmentation: as the file has it.
+        size: (height, width) of the image.
+
+    Raises:
+        InputError: it is malformed, or an RLE is not of this size.
+    """
+    try:
+        value = _as_segmentation(segmentation)
+        if isinstance(value, list):
+            return rle.from_polygons(value, size)
+        found: _CompressedRle | _UncompressedRle
+        if isinstance(value.get("counts"), str):
+            found = msgspec.convert(value, _CompressedRle)
+        else:
+            found = msgspec.convert(value, _UncompressedRle)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise InputError(
+            f"has a segmentation that can't be read ({error}); allowed: a list of polygons, or RLE as "
+            '{"counts": ..., "size": [height, width]}'
+        ) from error
+    if found.size != size:
+        raise InputError(
+            f"has an RLE of {found.size[1]}x{found.size[0]}, but its image has {size[1]}x{size[0]} (width x height); "
+            "encode it anew"
+        )
+    if isinstance(found, _UncompressedRle):
+        return rle.from_counts(found.counts, size)
+    encoded = found.counts.encode()
+    rle.to_runs(encoded, size)  # whether it fits
+    return encoded
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
+    """Writes the images; all segments become RLE, those of id maps and stuff too.
+
+    Raises:
+        InputError: a sample has labels of classes alone.
+    """
+    images, annotations = [], []
+    for sample in samples:
+        if sample.segments is None:
+            raise InputError(
+                f"{sample.sample_id}: has labels of classes alone, which COCO instances can't hold; "
+                "write output.format masks or coco_panoptic"
+            )
+        name = write_image(storage.join(uri, "images"), sample)
+        images.append(msgspec.json.encode(CocoImage(0, name, sample.height, sample.width)))
+        annotations.append([msgspec.json.encode(found) for found in _to_annotations(sample)])
+    rows = {"sample_id": [sample.sample_id for sample in samples], "image": images, "annotations": annotations}
+    return Written(pa.table(rows, schema=JSON_ROWS))
+
+
+def _to_annotations(sample: Sample) -> Iterator[dict[str, Any]]:
+    assert sample.segments is not None
+    numbers = to_numbers(sample)[0] if sample.id_map is not None else None
+    for number, segment in enumerate(sample.segments, 1):
+        encoded = rle.from_mask(numbers == number) if numbers is not None else segment.rle
+        assert encoded is not None, "segments without an id map carry their own RLE"
+        size = [sample.height, sample.width]
+        compressed = {"size": size, "counts": encoded}
+        yield {
+            "category_id": segment.class_id,
+            "segmentation": {"size": size, "counts": encoded.decode()},
+            "area": int(coco_mask.area(compressed)),
+            "bbox": coco_mask.toBbox(compressed).tolist(),
+            "iscrowd": int(segment.is_crowd),
+        } | ({} if segment.score is None else {"score": segment.score})
+
+
+def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
+    """Writes the annotations file."""
+    image_ids = to_image_ids(rows["sample_id"].to_pylist())
+    annotations: list[dict[str, Any]] = []
+    for image_id, encoded in zip(image_ids, rows["annotations"].to_pylist(), strict=True):
+        for annotation in encoded:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **msgspec.json.decode(annotation)})
+    write_json(uri, rows, annotations, classes)
+
+
+# --- what all formats with annotation files share -----------------------------------------------------------------
+
+
+def read_json(uri: str, kind: type[T]) -> T:
+    """Reads a file into structs, which keep what they name; raises InputError if that is not in it."""
+    try:
+        return msgspec.json.decode(storage.read_bytes(uri), type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise InputError(f"{uri}: not the COCO file that it should be: {error}") from error
+
+
+def to_vocabulary(categories: Iterable[CocoCategory]) -> Vocabulary:
+    """COCO's categories."""
+    return Vocabulary(tuple(Category(c.id, c.name, c.color, bool(c.isthing)) for c in categories))
+
+
+def to_sample_ids(uri: str, images: Sequence[CocoImage]) -> list[str]:
+    """The images' file names less their suffixes; raises InputError if there is no image, or one id stands for two."""
+    if not images:
+        raise InputError(f"{uri}: `images` is empty; there is nothing to read")
+    sample_ids = [str(PurePosixPath(image.file_name).with_suffix("")) for image in images]
+    if len(set(sample_ids)) < len(sample_ids):
+        first = {name: i for i, name in reversed(list(enumerate(sample_ids)))}
+        twice = next(i for i, name in enumerate(sample_ids) if first[name] != i)
+        raise InputError(
+            f"{uri}: the images {images[first[sample_ids[twice]]].file_name!r} and {images[twice].file_name!r} share "
+            "one stem, which is to name the sample; rename one"
+        )
+    return sample_ids
+
+
+def find_rows(uri: str, images: Sequence[CocoImage], image_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    """For each annotation the place of its image; raises InputError if there is none, or an image's id stands twice."""
+    place = {image.id: row for row, image in enumerate(images)}
+    if len(place) < len(images):
+        raise InputError(f"{uri}: two images share one `id`; give each its own")
+    rows = np.array([place.get(image_id, -1) for image_id in image_ids], np.int64)
+    if (rows < 0).any():
+        lost = image_ids[int((rows < 0).argmax())]
+        raise InputError(f"{uri}: an annotation has image_id {lost}, which is none of `images`; add the image")
+    return rows
+
+
+def to_lists(values: pa.Table, rows: npt.NDArray[np.int64], num_rows: int) -> pa.Array:
+    """One list a sample, of structs that stand sample by sample; `rows` are their samples' places, in any order."""
+    offsets = np.concatenate([[0], np.bincount(rows, minlength=num_rows).cumsum()]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values.combine_chunks().to_struct_array().combine_chunks())
+
+
+MANIFEST = "annotations.json"
+
+JSON_ROWS = pa.schema(
+    [("sample_id", pa.string()), ("image", pa.binary()), ("annotations", pa.list_(pa.large_binary()))]
+)
+"""What a part of a COCO data set leaves for its end: JSON without the numbers that only the whole can give."""
+
+
+def to_image_ids(sample_ids: Sequence[str]) -> list[int]:
+    """The numbers that sample ids are, as in COCO's own file names; else 1, 2, 3, ..."""
+    if all(name.isdecimal() for name in sample_ids) and len({int(name) for name in sample_ids}) == len(sample_ids):
+        return [int(name) for name in sample_ids]
+    return list(range(1, len(sample_ids) + 1))
+
+
+def write_json(uri: str, rows: pa.Table, annotations: Sequence[dict[str, Any]], classes: ClassMap) -> None:
+    """Writes an annotations file with the images of `rows`."""
+    image_ids = to_image_ids(rows["sample_id"].to_pylist())
+    images = [
+        {**msgspec.json.decode(image), "id": image_id}
+        for image_id, image in zip(image_ids, rows["image"].to_pylist(), strict=True)
+    ]
+    content = {"images": images, "annotations": annotations, "categories": to_categories(classes, "color")}
+    storage.write_bytes(storage.join(uri, MANIFEST), msgspec.json.encode(content))

@@ -1,0 +1,84 @@
+"""Reading the files that samples consist of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from raysseg import storage
+from raysseg.data.index import Failure
+from raysseg.schema import InputError, Sample
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"})
+_MAGIC = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"II", ".tif"), (b"MM", ".tif"), (b"RIFF", ".webp"))
+_READERS = 8  # threads a call; reading waits on storage, not on the CPU
+
+
+def files_by_stem(folder: str, suffixes: frozenset[str], end: str = "") -> dict[str, str]:
+    """Paths below a folder by their path less the suffix; files of other kinds are left alone.
+
+    Args:
+        folder: local or remote.
+        suffixes: of the files that are wanted, in lower case.
+        end: stems must end in it, and it is left out of the key.
+
+    Raises:
+        InputError: there is no such file, or two share a stem.
+    """
+    by_stem: dict[str, str] = {}
+    for entry in storage.list_files(folder):
+        path = PurePosixPath(entry.path)
+        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.stem.endswith(end):
+            continue
+        stem = str(path.with_suffix("")).removesuffix(end)
+        if stem in by_stem:
+            raise InputError(
+                f"{folder}: {by_stem[stem]} and {path} share one stem, so neither can be paired; rename one"
+            )
+        by_stem[stem] = str(path)
+    if not by_stem:
+        kinds = ", ".join(f"{end}{suffix}" for suffix in sorted(suffixes))
+        raise InputError(f"{folder}: the folder holds no file ending in {kinds}; is it the right one?")
+    return by_stem
+
+
+def read_file(folder: str | None, name: str | None) -> bytes | None:
+    """The bytes of a file; None where there is none."""
+    return None if folder is None or name is None else storage.read_bytes(storage.join(folder, name))
+
+
+def write_image(folder: str, sample: Sample) -> str:
+    """Writes a sample's image as it is, with the suffix of its kind; returns its name below the folder."""
+    assert sample.image is not None, "samples that are written have been decoded"
+    suffix = next(suffix for magic, suffix in _MAGIC if sample.image.startswith(magic))
+    name = f"{sample.sample_id}{suffix}"
+    storage.write_bytes(storage.join(folder, name), sample.image)
+    return name
+
+
+def read_rows(read: Callable[[dict[str, Any]], Sample], references: pa.Table) -> list[Sample | Failure]:
+    """Reads samples, several at a time, in the order of their references.
+
+    Args:
+        read: makes a sample of a row of the references; raises InputError if it can't.
+        references: of an index.
+
+    Returns:
+        What can't be read comes back as a Failure.
+    """
+
+    def try_to_read(row: dict[str, Any]) -> Sample | Failure:
+        sample_id = str(row["sample_id"])
+        try:
+            return read(row)
+        except storage.StorageError as error:
+            return Failure(sample_id, str(error))
+        except InputError as error:
+            return Failure(sample_id, f"{sample_id}: {error}")
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(try_to_read, references.to_pylist()))
