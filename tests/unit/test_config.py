@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,20 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from raysseg import config
 from raysseg.config import EvaluateJob, JobError, MasksSource, ShardJob, ShardsSource, TrainJob
+from raysseg.data.classes import Category, Vocabulary, build_class_map
 from raysseg.storage import StorageError
 
-JOB_FILES = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+JOB_FILES = sorted((ROOT / "jobs").glob("*.yaml"))
+BLOCKS = [
+    (path.name, number, *found)
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for number, found in enumerate(re.findall(r"```(yaml|json)\n(.*?)```", path.read_text(), re.DOTALL))
+]
 
 TRAIN: dict[str, Any] = {
     "kind": "train",
@@ -123,6 +131,22 @@ def test_resolved_job_is_a_job_again() -> None:
 
 def test_each_kind_has_its_class() -> None:
     assert [type(config.parse(raw)) for raw in (TRAIN, EVALUATE, SHARD)] == [TrainJob, EvaluateJob, ShardJob]
+
+
+@pytest.mark.parametrize(("page", "number", "language", "text"), BLOCKS)
+def test_block_of_the_docs_is_a_job_a_source_or_a_class_list(
+    page: str, number: int, language: str, text: str, tmp_path: Path
+) -> None:
+    content = yaml.safe_load(text)
+    if language == "json":
+        (tmp_path / "classes.json").write_text(text)
+        names = ("car", "bus", "truck", "person")
+        vocabulary = Vocabulary(tuple(Category(i, name) for i, name in enumerate(names, 1)))
+        assert len(build_class_map(str(tmp_path / "classes.json"), vocabulary)) == len(content["classes"])
+    elif "kind" in content:
+        config.parse(content)
+    else:
+        TypeAdapter(config.AnySource).validate_python(content)
 
 
 def test_source_is_told_by_its_format() -> None:
