@@ -289,13 +289,12 @@ def to_ids(labels: IdMap, classes: ClassMap) -> IdMap:
 @lru_cache(maxsize=8)
 def _index_table(classes: ClassMap) -> tuple[IdMap, npt.NDArray[np.bool_]]:
     """For each id 0 to 65535 its class index, and whether the class list knows it."""
+    sources = classes.sources or [(class_id,) for class_id in classes.ids]
     table = np.full(65536, classes.ignore, classes.dtype)
-    table[list(classes.ids)] = np.arange(len(classes))
-    for index, ids in enumerate(classes.aliases):
+    for index, ids in enumerate(sources):
         table[list(ids)] = index
-    table[list(classes.dropped)] = classes.ignore
     is_known = np.zeros(65536, np.bool_)
-    is_known[[*classes.ids, *chain.from_iterable(classes.aliases), *classes.dropped, classes.ignore_index]] = True
+    is_known[[*chain.from_iterable(sources), *classes.dropped, classes.ignore_index]] = True
     return table, is_known
 
 

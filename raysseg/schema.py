@@ -20,7 +20,8 @@ class InputError(ValueError):
 class ClassMap:
     """The classes of a data set: its ids at rest on one side, contiguous indices for tensors on the other.
 
-    Index ``i`` stands for the class with data-set id ``ids[i]``. Only readers and writers convert between the two.
+    Index ``i`` stands for the class with data-set id ``ids[i]``, which is what is written; where classes are merged, it is
+    read from ``sources[i]``. Only readers and writers convert between the two.
 
     Attributes:
         ids: data-set ids, as files hold them; any non-negative integers, distinct.
@@ -28,7 +29,7 @@ class ClassMap:
         colours: one (red, green, blue) a class, each 0 to 255.
         things: whether each class is countable (a thing) or not (stuff).
         ignore_index: the data-set id that stands for "not labelled".
-        aliases: further data-set ids that are read as each class; empty where there are none at all.
+        sources: data-set ids that are read as each class; empty where that is its own id throughout.
         dropped: data-set ids that are read as if nothing were labelled there.
         uncovered: index of the class of pixels that no instance covers, where instances are seen as semantic labels;
             None: they are ignored.
@@ -39,7 +40,7 @@ class ClassMap:
     colours: tuple[tuple[int, int, int], ...]
     things: tuple[bool, ...]
     ignore_index: int = 255
-    aliases: tuple[tuple[int, ...], ...] = ()
+    sources: tuple[tuple[int, ...], ...] = ()
     dropped: tuple[int, ...] = ()
     uncovered: int | None = None
 

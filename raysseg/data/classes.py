@@ -57,7 +57,7 @@ class _Entry:
     name: str
     colour: Colour | None
     is_thing: bool
-    aliases: tuple[int, ...]
+    sources: tuple[int, ...]
 
 
 def build_class_map(
@@ -92,7 +92,7 @@ def build_class_map(
         return _checked(list(_named(names, vocabulary.categories, background)), vocabulary, background, "classes")
     if classes is None:
         raise InputError("classes: missing; this data set does not name its classes, so list them or name a file")
-    entries = [_Entry(i, name, None, False, ()) for i, name in enumerate(classes, int(counts_from_one))]
+    entries = [_Entry(i, name, None, False, (i,)) for i, name in enumerate(classes, int(counts_from_one))]
     return _checked(entries, Vocabulary((), 0 if counts_from_one else None), background, "classes")
 
 
@@ -145,10 +145,11 @@ def _named(names: Sequence[str], known: Sequence[Category], background: str | No
     taken = {category.id for category in known}
     for name in names:
         if name == background and name not in {category.name for category in known}:
-            yield _Entry(next(i for i in range(65536) if i not in taken), name, None, False, ())
+            class_id = next(i for i in range(65536) if i not in taken)
+            yield _Entry(class_id, name, None, False, (class_id,))
         else:
             category = _find(name, known, "classes")
-            yield _Entry(category.id, name, category.colour, category.is_thing, ())
+            yield _Entry(category.id, name, category.colour, category.is_thing, (category.id,))
 
 
 def _find(name: str, known: Sequence[Category], where: str) -> Category:
@@ -166,60 +167,69 @@ def _entry(raw: Any, known: Sequence[Category], where: str, background: str | No
         class_id, name, colour = int(raw["id"]), str(raw["name"]), raw.get("colour", raw.get("color"))
         if isinstance(raw["id"], float) and raw["id"] != class_id:
             raise TypeError("an id is no whole number")
-        reads = list(raw.get("from", [class_id]))
+        given = list(raw["from"]) if "from" in raw else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: each class needs an integer `id` and a `name` ({error!r})") from error
     if colour is not None and not _is_colour(colour):
         raise InputError(f"{where}: the colour of {name!r} is {colour!r}; write [red, green, blue], 0 to 255 each")
-    by_id = {category.id: category for category in known}
-    if class_id in by_id and by_id[class_id].name == name:
-        reads = [class_id]  # of a data set in which it is merged already
-    found: list[Category] = []
-    for item in reads:
-        if isinstance(item, str):
-            found.append(_find(item, known, f"{where}: class {name!r} is read `from` {item!r}"))
-        elif isinstance(item, int) and (item in by_id or not known or name == background):
-            found.append(by_id.get(item, Category(item, name, None, False)))
-        else:
-            raise InputError(
-                f"{where}: class {name!r} is read from id {item!r}, which no category of the data set has; "
-                "give `from` with the ids or names of the categories that it stands for"
-            )
+    same = [category for category in known if category.name == name]
+    has_merged = same and not any(item in (c.id, c.name) for item in given or () for c in known)
+    found = (
+        same
+        if has_merged
+        else list(_sources(given or [class_id], known, f"{where}: class {name!r}", name == background))
+    )
     is_thing = bool(raw.get("isthing", any(category.is_thing for category in found)))
     own = tuple(colour) if colour is not None else next((c.colour for c in found if c.colour), None)
-    return _Entry(class_id, name, own, is_thing, tuple(c.id for c in found if c.id != class_id))
+    return _Entry(class_id, name, own, is_thing, tuple(category.id for category in found))
+
+
+def _sources(items: Sequence[Any], known: Sequence[Category], where: str, is_background: bool) -> Iterator[Category]:
+    """The categories that a class is read from; where the data set names none, ids stand for themselves."""
+    by_id = {category.id: category for category in known}
+    for item in items:
+        if isinstance(item, str):
+            yield _find(item, known, where)
+        elif isinstance(item, int) and (item in by_id or not known or is_background):
+            yield by_id.get(item, Category(item, "", None, False))
+        else:
+            raise InputError(
+                f"{where} is read from id {item!r}, which no category of the data set has; "
+                "give `from` with the ids or names of the categories that it stands for"
+            )
 
 
 def _checked(entries: Sequence[_Entry], vocabulary: Vocabulary, background: str | None, where: str) -> ClassMap:
     if not entries:
         raise InputError(f"{where}: the class list is empty; name at least one class")
     ids, names = [entry.id for entry in entries], [entry.name for entry in entries]
-    every_id = [*ids, *(i for entry in entries for i in entry.aliases)]
-    for label, values in (("id", Counter(every_id)), ("name", Counter(names))):
+    sources = [i for entry in entries for i in entry.sources]
+    for label, values in (("id", Counter(ids)), ("id", Counter(sources)), ("name", Counter(names))):
         if twice := [value for value, times in values.items() if times > 1]:
             raise InputError(
                 f"{where}: {label} {twice[0]!r} stands twice in the class list; each {label} stands for one class"
             )
+    every_id = {*ids, *sources}
     if min(every_id) < 0 or max(every_id) > 65535:
         raise InputError(f"{where}: class ids are 0 to 65535; received {min(every_id)} to {max(every_id)}")
     ignore_index = vocabulary.ignore_index
     if ignore_index is None:
         ignore_index = next(i for i in (255, *range(65535, 0, -1)) if i not in every_id)
     if ignore_index in every_id:
-        name = next(entry.name for entry in entries if ignore_index in (entry.id, *entry.aliases))
+        name = next(entry.name for entry in entries if ignore_index in (entry.id, *entry.sources))
         raise InputError(
             f"{where}: id {ignore_index} is both the class {name!r} and the ignore_index; "
             "give the class list an ignore_index that no class has"
         )
     if not 0 <= ignore_index <= 65535:
         raise InputError(f"{where}: ignore_index is 0 to 65535; received {ignore_index}")
-    if both := sorted(set(vocabulary.dropped) & set(every_id)):
+    if both := sorted(set(vocabulary.dropped).intersection(sources)):
         raise InputError(f"{where}: id {both[0]} is both `dropped` and a class; remove one")
     if background is not None and background not in names:
         raise InputError(
             f"{where}: the source's background is {background!r}, which is no class; allowed: {', '.join(names)}"
         )
-    unread = {category.id for category in vocabulary.categories} - set(every_id)
+    unread = {category.id for category in vocabulary.categories}.difference(sources)
     spread = _spread_colours(len(entries))
     return ClassMap(
         ids=tuple(ids),
@@ -227,7 +237,7 @@ def _checked(entries: Sequence[_Entry], vocabulary: Vocabulary, background: str 
         colours=tuple(entry.colour or colour for entry, colour in zip(entries, spread, strict=True)),
         things=tuple(entry.is_thing for entry in entries),
         ignore_index=ignore_index,
-        aliases=tuple(e.aliases for e in entries) if any(e.aliases for e in entries) else (),
+        sources=tuple(e.sources for e in entries) if any(e.sources != (e.id,) for e in entries) else (),
         dropped=tuple(sorted(unread.union(vocabulary.dropped))),
         uncovered=names.index(background) if background is not None else None,
     )

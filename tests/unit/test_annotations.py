@@ -363,7 +363,7 @@ def test_classes_merge_rename_and_drop(tmp_path: Path) -> None:
     source = write_coco(tmp_path, EVERY_KIND)
     pets = {"id": 1, "name": "pet", "from": ["cat", 17]}
     classes = classes_of(source, write_list(tmp_path, classes=[pets]))
-    assert (classes.ids, classes.aliases, classes.dropped, classes.things) == ((1,), ((3, 17),), (90,), (True,))
+    assert (classes.ids, classes.sources, classes.dropped, classes.things) == ((1,), ((3, 17),), (90,), (True,))
     assert masks.to_instances(samples_of(source)[0], classes).class_ids.tolist() == [0, 0, 0, 0]
     named = classes_of(source, ["dog", "cat"])
     assert (named.ids, named.names, named.dropped) == ((17, 3), ("dog", "cat"), (90,))
@@ -375,7 +375,7 @@ def test_classes_merge_rename_and_drop(tmp_path: Path) -> None:
         (["dgo"], r"classes: the data set has no category 'dgo'; its categories: cat, dog, bird; did you mean 'dog'\?"),
         (
             {"classes": [{"id": 1, "name": "pet", "from": ["cow"]}]},
-            "class 'pet' is read `from` 'cow': the data set has no",
+            "class 'pet': the data set has no category 'cow'",
         ),
         (
             {"classes": [{"id": 1, "name": "pet"}]},
