@@ -20,8 +20,8 @@ class InputError(ValueError):
 class ClassMap:
     """The classes of a data set: its ids at rest on one side, contiguous indices for tensors on the other.
 
-    Index ``i`` stands for the class with data-set id ``ids[i]``, which is what is written; where classes are merged, it is
-    read from ``sources[i]``. Only readers and writers convert between the two.
+    Index ``i`` stands for the class with data-set id ``ids[i]``, which is what is written; where classes are merged, it
+    is read from ``sources[i]``. Only readers and writers convert between the two.
 
     Attributes:
         ids: data-set ids, as files hold them; any non-negative integers, distinct.
