@@ -1,4 +1,4 @@
-"""The gradient of a global batch does not depend on how it is split into workers and micro-batches."""
+"""The gradient of a global batch does not depend on how it is split, and the loop is what one would write by hand."""
 
 from __future__ import annotations
 
@@ -163,3 +163,57 @@ def naive_reference() -> dict[str, torch.Tensor]:
     divisor = losses.count_normalisers(targets, torch.ones(NUM_IMAGES), settings)["pixels"]
     (losses.cross_entropy(scaled, targets, torch.ones(NUM_IMAGES), settings) / divisor).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+STEPS = 6
+
+
+def plain_loop(job: config.TrainJob, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """By hand: transformers' model and its own loss, torch's optimiser, clipping and schedule."""
+    model = make_model()
+    net = model.net
+    vectors, matrices = ([p for p in net.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (False, True))
+    groups = [{"params": matrices, "weight_decay": job.optimizer.weight_decay}, {"params": vectors, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, job.optimizer.lr)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 1.0, 2),
+            torch.optim.lr_scheduler.PolynomialLR(optimizer, STEPS - 2, power=1.0),
+        ],
+        [2],
+    )
+    net.train()
+    for batch in batches:
+        images = torch.from_numpy(batch.images).permute(0, 3, 1, 2).double()
+        optimizer.zero_grad()
+        net(
+            pixel_values=(images - model.mean) / model.std, labels=torch.from_numpy(batch.labels).long()
+        ).loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), job.optimizer.clip_norm)
+        optimizer.step()
+        schedule.step()
+    return dict(model.named_parameters())
+
+
+def test_training_is_the_loop_that_one_writes_by_hand() -> None:
+    """Same batches, no dropout: the weights after some steps of AdamW, warm-up, decay and clipping are the same."""
+    adamw = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5}
+    schedule = {"epochs": 1, "warmup": 2 / STEPS, "decay": "polynomial"}
+    raw = make_job(NUM_IMAGES).model_dump(mode="json")
+    raw |= {"optimizer": adamw, "schedule": schedule, "loss": {"cross_entropy": 1.0}}
+    job = config.parse_as(config.TrainJob, raw)
+    images, labels = make_samples()
+    rows = np.ones(NUM_IMAGES, np.float32), np.arange(NUM_IMAGES)
+    batches = [Batch(np.roll(images, i, axis=1), np.roll(labels, i, axis=1), *rows) for i in range(STEPS)]
+    model = make_model()
+    model.loss, model.class_weights = job.loss, None
+    state = build_state(model, job.optimizer, torch.float64)
+    feed = iter([[batch] for batch in batches])
+    list(fit(model, state, feed, num_samples=STEPS * NUM_IMAGES, order_hash="", job=job, dtype=torch.float64))
+    expected = plain_loop(job, batches)
+    start = dict(make_model().named_parameters())
+    moved = max(float((expected[name] - start[name]).detach().abs().max()) for name in expected)
+    apart = max(float((p - expected[name]).detach().abs().max()) for name, p in model.named_parameters())
+    assert moved > 1e-3
+    assert apart < 1e-6 * moved
