@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image
 
 from raysseg import rle
@@ -201,7 +203,7 @@ def with_classes(sample: Sample, classes: ClassMap) -> Sample:
         table: IdMap = np.zeros(len(sample.segments) + 1, np.uint16 if len(kept) > 255 else np.uint8)
         table[[number for number, _ in kept]] = np.arange(1, len(kept) + 1)
         numbers: IdMap = table.take(_numbers(sample, sample.segments))
-        id_map = encode_id_map(numbers)
+        id_map = compress_id_map(numbers)
     return replace(sample, id_map=id_map, segments=tuple(segment for _, segment in kept))
 
 
@@ -212,11 +214,13 @@ def decode_id_map(data: bytes, classes: ClassMap | None = None) -> IdMap:
     """Reads a mask file into data-set ids, (H, W).
 
     PNG: palette and grey pixels (1 to 16 bit) are ids; RGB pixels are the class list's colours, and black is ignored
-    where no class is black. numpy (.npy, or .npz with one array): integers or booleans, (H, W).
+    where no class is black. numpy (.npy, or .npz with one array): integers or booleans, (H, W). And what shards hold.
 
     Raises:
         InputError: the file is damaged, of another kind, or holds unknown colours.
     """
+    if data.startswith(_COMPRESSED):
+        return _decompress_id_map(data)
     if data[:6] == b"\x93NUMPY" or data[:4] == b"PK\x03\x04":
         return _from_numpy(data)
     try:
@@ -262,6 +266,28 @@ def pack_id_map(ids: IdMap) -> bytes:
     out = io.BytesIO()
     np.save(out, ids)
     return out.getvalue()
+
+
+_COMPRESSED = b"RSGMAP01"
+
+
+def compress_id_map(ids: IdMap) -> bytes:
+    """Writes ids for shards, as small as PNG and read four times as fast: magic, height, width, bytes a pixel, zstd."""
+    head = struct.pack("<IIB", *ids.shape, ids.itemsize)
+    pixels = np.ascontiguousarray(ids, ids.dtype.newbyteorder("<"))
+    body: bytes = pa.compress(pixels, codec="zstd", asbytes=True)
+    return _COMPRESSED + head + body
+
+
+def _decompress_id_map(data: bytes) -> IdMap:
+    height, width, size = struct.unpack_from("<IIB", data, len(_COMPRESSED))
+    body = memoryview(data)[len(_COMPRESSED) + 9 :]
+    try:
+        pixels = pa.decompress(body, height * width * size, codec="zstd")
+    except OSError as error:
+        raise InputError(f"the id map of a shard is damaged ({error}); write the shards anew") from error
+    ids: IdMap = np.frombuffer(pixels, f"<u{size}").reshape(height, width)
+    return ids
 
 
 def to_indices(ids: IdMap, classes: ClassMap) -> IdMap:

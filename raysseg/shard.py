@@ -126,14 +126,14 @@ def _write_part(plan: _Plan, number: int) -> Iterator[_Part]:
 
 
 def _to_canonical(sample: Sample | Failure, classes: ClassMap) -> Sample:
-    """A sample that is known to decode, with the ids of the class list and an id map in grey PNG."""
+    """A sample that is known to decode, with the ids of the class list and a compressed id map."""
     if isinstance(sample, Failure):
         raise InputError(sample.reason)
     _, truth = decode_pair(sample, classes)
     height, width = truth.labels.shape
     sample = replace(sample, height=height, width=width)
     if sample.segments is None:
-        return replace(sample, id_map=masks.encode_id_map(masks.to_ids(truth.labels, classes)))
+        return replace(sample, id_map=masks.compress_id_map(masks.to_ids(truth.labels, classes)))
     return masks.with_classes(sample, classes)
 
 
