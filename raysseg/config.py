@@ -203,6 +203,9 @@ class Augment(Section):
     """A crop is drawn again until it keeps this share of the area of a class other than the image's largest; 0: off."""
     tries: Annotated[int, Field(ge=1)] = 10
     """How often a crop is drawn at most."""
+    class_crop: Share = 0.0
+    """Probability that a crop is placed around a pixel of a class that is drawn evenly from the image's classes, so
+    that rare ones get more than their share; such a crop is not drawn again."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     vertical_flip: Share = 0.0
@@ -234,6 +237,9 @@ class TrainData(Section):
     """(height, width) of training crops, 32 at least; smaller images are padded."""
     augment: Augment | None = Augment()
     """null: no augmenting; the crop is then the top left corner."""
+    oversample: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Images with a class that a share f < oversample of the training images holds come sqrt(oversample / f) times an
+    epoch on average (repeat factors; Gupta et al. 2019). null: every image comes once."""
     open_shards: Annotated[int, Field(ge=1)] = 16
     """Row groups of shuffled shards that are open at once, and from which an epoch's order is dealt in turn."""
     on_error: Literal["stop", "skip"] = "stop"

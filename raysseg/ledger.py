@@ -15,7 +15,7 @@ class Ledger:
     Attributes:
         epoch: from 0.
         position: first position of the epoch that is not used yet.
-        order_hash: of the epoch's order; another hash means that the data or the seed have changed.
+        order_hash: of the epoch's order; another hash means that the data, their factors or the seed have changed.
     """
 
     epoch: int = 0

@@ -203,7 +203,7 @@ def fit(
         model: `state.model` as `wrap` gave it.
         state: changed in place; whole whenever a value is yielded.
         batches: this rank's micro-batches of each global batch, from the ledger's position on.
-        num_samples: of an epoch, over all ranks.
+        num_samples: positions of an epoch, over all ranks.
         order_hash: fingerprint of the data and their order, for the ledger.
         job: its batch, schedule, optimizer, seed and channels_last are used.
         dtype: of the forward passes.

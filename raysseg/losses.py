@@ -117,6 +117,12 @@ class ClassPixels:
     ignored: int
     num_images: int
 
+    @classmethod
+    def none(cls, num_classes: int) -> ClassPixels:
+        """Of no image."""
+        zeros = np.zeros(num_classes, np.int64)
+        return cls(zeros, zeros, zeros, 0, 0)
+
     def __add__(self, other: ClassPixels) -> ClassPixels:
         return ClassPixels(
             self.pixels + other.pixels,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from raysseg import bundle as bundles
@@ -22,6 +23,7 @@ from raysseg.config import EvaluateJob, Scaling, TrainJob
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.batches import iter_chunks, iter_pairs
 from raysseg.data.index import Failure, SampleIndex
+from raysseg.data.sampling import Factors, num_positions, repeat_factors
 from raysseg.evaluate import Evaluation, describe_failures, measure
 from raysseg.losses import ClassPixels, balance, count_pixels
 from raysseg.masks import BINARY_MEND, to_dense
@@ -32,8 +34,11 @@ from raysseg.worker import Plan, Saved, train_epochs
 
 logger = logging.getLogger(__name__)
 
+Presence = npt.NDArray[np.bool_]
+"""(N, C), whether a sample holds a class."""
+
 _LOOK = 8  # samples of each split that are decoded before anything is started
-_COUNT = 2000  # masks of a split that are counted in this process, and at most unless class weights need all
+_COUNT = 2000  # masks of a split that are counted in this process, and at most unless balancing needs all
 _EVALUATE = 100  # validation samples that are not worth starting workers for once more
 _MOVABLE = ("scaling", "s3", "checkpoint", "compile", "channels_last")  # may change when a run goes on
 
@@ -61,14 +66,16 @@ def train(job: TrainJob) -> TrainResult:
     splits = {"train": read_index(job.data.train), "val": read_index(job.data.val)}
     for split, index in splits.items():
         _look_at(split, index, classes)
-    counts = {split: _count(job, split, index, classes) for split, index in splits.items()}
+    counted = {split: _count(job, split, index, classes) for split, index in splits.items()}
+    counts = {split: pixels for split, (pixels, _) in counted.items()}
     _open_run(job)
     fingerprint = {
         split: {"samples": len(index), "hash": index.fingerprint, "pixels": counts[split].pixels.tolist()}
         for split, index in splits.items()
     }
     weights = _class_weights(job, counts["train"], classes)
-    plan = Plan(job, classes, splits["train"], splits["val"], weights, fingerprint)
+    factors = _repeat_factors(job, splits["train"], counted["train"][1])
+    plan = Plan(job, classes, splits["train"], splits["val"], weights, fingerprint, factors)
     if _unfinished(job):
         _train_here(plan) if job.scaling.in_process else _train_on_ray(plan)
     return _finish(plan, counts)
@@ -93,15 +100,19 @@ def _look_at(split: str, index: SampleIndex, classes: ClassMap) -> None:
     logger.info("data.%s: %d samples", split, len(index))
 
 
-def _count(job: TrainJob, split: str, index: SampleIndex, classes: ClassMap) -> ClassPixels:
-    """Pixels of each class: of all masks where class weights need them, else of an even choice."""
-    if split == "val" or not isinstance(job.loss.class_weights, str):
+def _count(job: TrainJob, split: str, index: SampleIndex, classes: ClassMap) -> tuple[ClassPixels, Presence]:
+    """Pixels of each class, and which classes a sample holds: of all masks where balancing needs them, else of an even
+    choice."""
+    is_balanced = isinstance(job.loss.class_weights, str) or job.data.oversample is not None
+    if split == "val" or not is_balanced:
         index = index.thinned(_COUNT)
     scaling = job.scaling if len(index) > _COUNT else Scaling(workers=0)
     pieces = np.array_split(np.arange(len(index)), max(1, len(index) // 256))
     parts = spread(_count_rows, (index, classes), pieces, scaling)
-    zeros = np.zeros(len(classes), np.int64)
-    total = sum(parts, ClassPixels(zeros, zeros, zeros, 0, 0))
+    total, presence = ClassPixels.none(len(classes)), np.zeros((len(index), len(classes)), np.bool_)
+    for rows, pixels, is_present in parts:
+        total += pixels
+        presence[rows] = is_present
     if len(classes) == 2 and total.pixels[1] == 0 and total.ignored and classes.ignore_index == 255:
         raise InputError(
             f"data.{split}: no mask holds the class {classes.names[1]!r} (id {classes.ids[1]}), but {total.ignored} "
@@ -111,19 +122,48 @@ def _count(job: TrainJob, split: str, index: SampleIndex, classes: ClassMap) -> 
         raise InputError(
             f"data.{split}: no mask holds a labelled pixel; check the class list's ids and its ignore_index"
         )
-    return total
+    return total, presence
 
 
-def _count_rows(shared: tuple[SampleIndex, ClassMap], rows: Any) -> Iterator[ClassPixels]:
+def _count_rows(
+    shared: tuple[SampleIndex, ClassMap], rows: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.int64], ClassPixels, Presence]]:
+    """Counts some rows of an index; what can't be used holds no class."""
     index, classes = shared
-    for sample in read_samples(index.take(rows), with_images=False):
+    total, presence = ClassPixels.none(len(classes)), np.zeros((len(rows), len(classes)), np.bool_)
+    for i, sample in enumerate(read_samples(index.take(rows), with_images=False)):
         try:
             if isinstance(sample, Failure):
                 raise InputError(sample.reason)
-            yield count_pixels(to_dense(sample, classes).labels, len(classes))
+            counts = count_pixels(to_dense(sample, classes).labels, len(classes))
         except InputError:
             if not index.source.is_skipping:
                 raise
+        else:
+            total += counts
+            presence[i] = counts.images > 0
+    yield rows, total, presence
+
+
+def _repeat_factors(job: TrainJob, index: SampleIndex, presence: Presence) -> Factors | None:
+    if job.data.oversample is None:
+        return None
+    factors = repeat_factors(presence, job.data.oversample)
+    total = num_positions(index, factors)
+    if total == len(index):
+        logger.warning(
+            "data.oversample: %g has no effect: no class is rarer among the images by enough to repeat one; "
+            "data.augment.class_crop and loss.class_weights go by pixels",
+            job.data.oversample,
+        )
+        return None
+    logger.info(
+        "oversampling: %d positions an epoch of %d samples; the rarest come %.3g times",
+        total,
+        len(index),
+        factors.max(),
+    )
+    return factors
 
 
 def _class_weights(job: TrainJob, counts: ClassPixels, classes: ClassMap) -> tuple[float, ...] | None:

@@ -21,7 +21,7 @@ from raysseg.bundle import Bundle, Preprocessing
 from raysseg.config import TrainJob
 from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, write_failures
-from raysseg.data.sampling import order_hash
+from raysseg.data.sampling import Factors, order_hash
 from raysseg.ledger import num_steps
 from raysseg.loop import (
     CheckpointDue,
@@ -56,6 +56,7 @@ class Plan:
         val: the validation split.
         class_weights: (C,), if the loss takes any.
         fingerprint: of the data, for the bundle.
+        factors: how often an epoch shows each training sample; None: once.
     """
 
     job: TrainJob
@@ -64,6 +65,7 @@ class Plan:
     val: SampleIndex
     class_weights: tuple[float, ...] | None
     fingerprint: dict[str, Any]
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,19 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device) -> I
     torch.manual_seed(job.seed)
     dtype = resolve_precision(job.precision, device)
     state = build_state(_build_on(plan, device, num_workers), job.optimizer, dtype)
-    hash_now = order_hash(plan.train, open_groups=job.data.open_shards, seed=job.seed)
+    hash_now = order_hash(plan.train, open_groups=job.data.open_shards, seed=job.seed, factors=plan.factors)
     _resume(state, plan, hash_now, rank)
-    feed = build_feed(job, plan.train, plan.classes, state.ledger, rank=rank, num_workers=num_workers)
+    feed = build_feed(
+        job, plan.train, plan.classes, state.ledger, rank=rank, num_workers=num_workers, factors=plan.factors
+    )
     model = wrap(state.model, is_compiled=job.compile, channels_last=job.channels_last)
-    progress = _Progress(job, len(plan.train), state.step) if rank == 0 else None
+    progress = _Progress(job, feed.num_positions, state.step) if rank == 0 else None
     skipped = _Skipped(plan, rank)
     events = fit(
         model,
         state,
         iter_batches(feed, open_stream(feed)),
-        num_samples=len(plan.train),
+        num_samples=feed.num_positions,
         order_hash=hash_now,
         job=job,
         dtype=dtype,

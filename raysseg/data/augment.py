@@ -97,7 +97,8 @@ def draw_view(labels: IdMap, *, crop: tuple[int, int], config: Augment, ignore: 
 
     Everything is drawn from ``rng`` whether switched on or not, so that one knob does not move another's luck. Crops
     are judged upright and at the image's own resolution. Where the image is smaller than the crop, the crop holds all
-    of it at a random place.
+    of it at a random place. With probability ``class_crop`` the crop is placed around a pixel of a class instead, see
+    ``_draw_pixel``, and not drawn again; nnU-Net oversamples foreground so (Isensee et al. 2021).
     """
     zoom, flip, upside_down, turn = rng.random(4)
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
@@ -107,11 +108,18 @@ def draw_view(labels: IdMap, *, crop: tuple[int, int], config: Augment, ignore: 
     scale = low + zoom * (high - low)
     height, width = (max(1, round(side / scale)) for side in crop)
     free = (labels.shape[0] - height, labels.shape[1] - width)
+    lows, highs = np.minimum(free, 0), np.maximum(free, 0)  # of the window's top left corner
     if max(free) <= 0:  # every such window holds the whole image: none is better than another
         places = places[:1]
-    totals = _areas(labels, ignore) if config.min_object_share > 0 else None
+    elif config.class_crop > 0:
+        luck = rng.spawn(1)[0]  # its own, so that it moves no other draw, whatever `tries` is
+        pixel = _draw_pixel(labels, ignore, luck) if luck.random() < config.class_crop else None
+        if pixel is not None:
+            lows, highs = np.maximum(lows, pixel - (height - 1, width - 1)), np.minimum(highs, pixel)
+            places = places[:1]
+    totals = _areas(labels, ignore) if config.min_object_share > 0 and len(places) > 1 else None
     for place in places:
-        top, left = (min(0, f) + int(u * (abs(f) + 1)) for f, u in zip(free, place, strict=True))
+        top, left = (lows + (place * (highs - lows + 1)).astype(int)).tolist()
         visible = labels[max(top, 0) : top + height, max(left, 0) : left + width]
         if len(places) == 1 or _is_good(visible, totals, config, ignore):
             break
@@ -131,6 +139,22 @@ def _areas(labels: IdMap, ignore: int) -> npt.NDArray[np.int64]:
     areas: npt.NDArray[np.int64] = cv2.calcHist([labels], [0], None, [bins], [0, bins]).ravel().astype(np.int64)
     areas[ignore] = 0
     return areas
+
+
+def _draw_pixel(labels: IdMap, ignore: int, rng: np.random.Generator) -> npt.NDArray[np.int64] | None:
+    """(y, x) of an evenly drawn pixel of a class that is drawn evenly from those in the image; None without any."""
+    flat = labels.reshape(-1)
+    is_present = np.zeros(np.iinfo(labels.dtype).max + 1, np.bool_)
+    is_present[flat[0]] = True
+    is_present[flat[1:][flat[1:] != flat[:-1]]] = True  # where runs begin: few pixels, hence 3 x faster than counting
+    is_present[ignore] = False
+    if not is_present.any():
+        return None
+    is_label = (labels == rng.choice(np.flatnonzero(is_present))).view(np.uint8)
+    ends = cv2.reduce(is_label, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel().cumsum()  # its pixels to each row's end
+    nth = rng.integers(ends[-1])
+    y = np.searchsorted(ends, nth, side="right")
+    return np.array([y, np.flatnonzero(is_label[y])[nth - ends[y]]])  # counted from the row's end
 
 
 def _is_good(visible: IdMap, totals: npt.NDArray[np.int64] | None, config: Augment, ignore: int) -> bool:

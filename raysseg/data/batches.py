@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import TypeVar
 
 import cv2
@@ -21,7 +21,7 @@ from raysseg.config import Batch as BatchConfig
 from raysseg.data import read_samples
 from raysseg.data.augment import augment, resize, seeded_rng
 from raysseg.data.index import Failure, SampleIndex
-from raysseg.data.sampling import Order, epoch_order
+from raysseg.data.sampling import Factors, Order, epoch_order, num_positions, num_windows
 from raysseg.ledger import Ledger, deal
 from raysseg.schema import ClassMap, InputError, Sample
 
@@ -86,23 +86,27 @@ class Feed:
     start: Ledger
     rank: int = 0
     num_workers: int = 1
+    factors: Factors | None = None
+
+    @cached_property
+    def num_positions(self) -> int:
+        """Of an epoch, over all ranks."""
+        return num_positions(self.index, self.factors)
+
+    @cached_property
+    def num_windows(self) -> int:
+        """Of an epoch's order."""
+        return num_windows(self.index, open_groups=self.open_groups, factors=self.factors)
 
     @property
     def windows_per_chunk(self) -> int:
         """Windows of the order that are read in one go: at least CHUNK_ROWS of this rank's rows."""
-        rows = self.open_groups * len(self.index) / self.num_groups
-        return max(1, round(CHUNK_ROWS * self.num_workers / rows))
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of the index."""
-        return int(self.index.groups[-1]) + 1
+        return max(1, round(CHUNK_ROWS * self.num_workers * self.num_windows / self.num_positions))
 
     @property
     def chunks_per_epoch(self) -> int:
         """The same in every epoch, whatever its order."""
-        num_windows = -(-self.num_groups // self.open_groups)
-        return -(-num_windows // self.windows_per_chunk)
+        return -(-self.num_windows // self.windows_per_chunk)
 
     @property
     def num_chunks(self) -> int:
@@ -111,11 +115,18 @@ class Feed:
 
 
 def build_feed(
-    job: TrainJob, index: SampleIndex, classes: ClassMap, start: Ledger, *, rank: int, num_workers: int
+    job: TrainJob,
+    index: SampleIndex,
+    classes: ClassMap,
+    start: Ledger,
+    *,
+    rank: int,
+    num_workers: int,
+    factors: Factors | None = None,
 ) -> Feed:
     """The feed of one rank."""
     recipe = Recipe(classes, job.data.size, job.data.crop, job.data.augment, job.seed)
-    return Feed(index, recipe, job.batch, job.data.open_shards, job.schedule.epochs, start, rank, num_workers)
+    return Feed(index, recipe, job.batch, job.data.open_shards, job.schedule.epochs, start, rank, num_workers, factors)
 
 
 # --- one sample ---------------------------------------------------------------------------------------------------
@@ -249,7 +260,9 @@ def _collate(feed: Feed, epoch: int, positions: npt.NDArray[np.int64], samples: 
 @lru_cache(maxsize=2)
 def _order(feed: Feed, epoch: int) -> Order:
     """The order of an epoch, kept: every chunk asks for it."""
-    return epoch_order(feed.index, open_groups=feed.open_groups, seed=feed.recipe.seed, epoch=epoch)
+    return epoch_order(
+        feed.index, open_groups=feed.open_groups, seed=feed.recipe.seed, epoch=epoch, factors=feed.factors
+    )
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -334,8 +347,8 @@ def iter_batches(feed: Feed, chunks: Iterable[Batch]) -> Iterator[list[Batch]]:
     rows = _Cursor(iter(chunks))
     for epoch in range(feed.start.epoch, feed.epochs):
         first = feed.start.position if epoch == feed.start.epoch else 0
-        for start in range(first, len(feed.index), feed.batch.global_size):
-            stop = min(start + feed.batch.global_size, len(feed.index))
+        for start in range(first, feed.num_positions, feed.batch.global_size):
+            stop = min(start + feed.batch.global_size, feed.num_positions)
             shares = deal(start, stop, per_worker=feed.batch.per_worker, rank=feed.rank, num_workers=feed.num_workers)
             yield [rows.take(len(share)) if len(share) else _stand_in(feed.recipe) for share in shares]
 

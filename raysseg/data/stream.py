@@ -67,7 +67,7 @@ def iter_chunks(feed: Feed, report: Callable[[str], None]) -> Iterator[Batch]:
 def _limit(feed: Feed) -> None:
     """Keeps this worker's execution to its share, in order and quiet."""
     height, width = feed.recipe.crop
-    rows = len(feed.index) / feed.chunks_per_epoch / feed.num_workers
+    rows = feed.num_positions / feed.chunks_per_epoch / feed.num_workers
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [_Pace]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from PIL import Image
+from scipy.stats import chisquare
 
 from raysseg import masks
 from raysseg.config import Augment, MasksSource, parse
@@ -17,7 +19,7 @@ from raysseg.config import Batch as BatchConfig
 from raysseg.data import batches, read_class_map, read_index
 from raysseg.data.batches import Batch, Feed, Recipe
 from raysseg.data.index import SampleIndex
-from raysseg.data.sampling import epoch_order, order_hash
+from raysseg.data.sampling import Factors, epoch_order, num_positions, num_windows, order_hash, repeat_factors
 from raysseg.ledger import Ledger, deal, num_steps
 from raysseg.schema import InputError
 
@@ -107,6 +109,121 @@ def test_order_hash_changes_with_all_that_orders_follow_from() -> None:
     assert order_hash(index_of(EVEN), open_groups=4, seed=0) == hashes[0]
 
 
+def test_orders_without_factors_stay_as_they_were() -> None:
+    """Checkpoints of runs that are under way hold positions in them."""
+    digest = hashlib.sha256()
+    for sizes, open_groups in ((FILES, 4), (FILES, 100), (EVEN, 4), (EVEN, 5), (UNEVEN, 4), (UNEVEN, 1), ([7], 4)):
+        for epoch in range(3):
+            order = epoch_order(index_of(sizes), open_groups=open_groups, seed=1, epoch=epoch)
+            digest.update(order.rows.tobytes() + order.windows.tobytes())
+    assert digest.hexdigest()[:16] == "f6eff82778c22d3d"
+    assert order_hash(index_of(EVEN), open_groups=4, seed=0) == "327649f372f6c052"
+
+
+# ---- oversampling
+
+
+def test_repeat_factors_by_hand() -> None:
+    presence = np.zeros((16, 4), bool)  # the last class is held by no image, the last image holds no class
+    presence[:15, 0] = True
+    presence[:4, 1] = True
+    presence[3:5, 2] = True
+    factors = repeat_factors(presence, 0.5)
+    root = 2**0.5  # sqrt(0.5 / 0.25), and sqrt(0.5 / 0.125) = 2
+    assert factors == pytest.approx([root, root, root, 2, 2, *[1] * 11], rel=1e-15)
+    assert num_positions(index_of([1] * 16), factors) == 19  # 3 * 1.414 + 2 * 2 + 11 = 19.24
+    assert (repeat_factors(presence, 0.1) == 1).all()
+
+
+def some_factors(num_samples: int, seed: int = 0) -> Factors:
+    """A third of the samples come more than once, up to 5 times."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(num_samples) < 1 / 3, rng.uniform(1, 5, num_samples), 1.0)
+
+
+@ORDERS
+def test_oversampled_epochs_have_one_length_and_whole_repeats(sizes: list[int], open_groups: int) -> None:
+    index = index_of(sizes)
+    factors = some_factors(len(index))
+    length = num_positions(index, factors)
+    assert length == round(factors.sum())
+    scaled = np.ones(len(index))
+    if length > len(index):
+        scaled += (factors - 1) * (length - len(index)) / (factors - 1).sum()
+    for epoch in range(20):
+        order = epoch_order(index, open_groups=open_groups, seed=1, epoch=epoch, factors=factors)
+        times = np.bincount(order.rows, minlength=len(index))
+        assert len(order) == length
+        assert (times >= np.floor(scaled)).all()
+        assert (times <= np.ceil(scaled)).all()
+        assert len(order.windows) == num_windows(index, open_groups=open_groups, factors=factors)
+        touched = [set(index.groups[part].tolist()) for part in np.split(order.rows, order.windows[1:])]
+        assert max(len(groups) for groups in touched) <= open_groups
+
+
+def test_factors_of_one_are_no_oversampling() -> None:
+    index = index_of(UNEVEN)
+    plain = epoch_order(index, open_groups=4, seed=1, epoch=2)
+    ones = epoch_order(index, open_groups=4, seed=1, epoch=2, factors=np.ones(len(index)))
+    assert sorted(ones.rows) == sorted(plain.rows)
+    assert num_positions(index, np.ones(len(index))) == num_positions(index) == len(index)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 400, [8] * 50], ids=["files", "even"])
+def test_repeats_lie_far_apart(sizes: list[int]) -> None:
+    index = index_of(sizes)
+    factors = np.where(np.arange(400) % 10 == 0, 3.0, 1.0)
+    for epoch in range(20):
+        order = epoch_order(index, open_groups=4, seed=1, epoch=epoch, factors=factors)
+        window = np.searchsorted(order.windows, np.arange(len(order)), side="right")
+        for row in range(0, 400, 10):
+            (places,) = np.nonzero(order.rows == row)
+            assert np.diff(places).min() > len(order) / 5
+            assert len(set(window[places])) == 3
+
+
+def test_which_samples_repeat_is_as_likely_as_their_factors_say() -> None:
+    """Cumulative extras 0.5 0.5 0.8 1.5 1.75 2 and an offset u: the pairs change at u = 0.2, 0.25 and 0.5."""
+    index, factors = index_of([1] * 6), np.array([1.5, 1, 1.3, 1.7, 1.25, 1.25])
+    chances = {(3, 5): 0.2, (2, 5): 0.05, (2, 4): 0.25, (0, 3): 0.5}
+    found = dict.fromkeys(chances, 0)
+    for epoch in range(4000):
+        times = np.bincount(epoch_order(index, open_groups=4, seed=3, epoch=epoch, factors=factors).rows)
+        found[tuple(np.flatnonzero(times == 2).tolist())] += 1
+    assert chisquare(list(found.values()), [4000 * chance for chance in chances.values()]).pvalue > 0.01
+
+
+def test_rare_classes_come_as_often_as_their_factors_say() -> None:
+    """Each sample's count over many epochs is binomial about its factor: a chi-square test of each."""
+    rng = np.random.default_rng(1)
+    presence = rng.random((120, 4)) < [0.9, 0.3, 0.1, 0.03]
+    index, factors = index_of([8] * 15), repeat_factors(presence, 0.5)
+    extra = factors - 1
+    expected = 1 + extra * round(extra.sum()) / extra.sum()
+    epochs = 1000
+    times = sum(
+        np.bincount(epoch_order(index, open_groups=4, seed=3, epoch=epoch, factors=factors).rows, minlength=120)
+        for epoch in range(epochs)
+    )
+    share = expected % 1  # of the epochs in which it comes once more
+    is_random = share > 1e-6
+    assert (times[~is_random] == epochs * expected[~is_random].round()).all()
+    more = times[is_random] - epochs * np.floor(expected[is_random])
+    chances = np.stack([share[is_random], 1 - share[is_random]])
+    pvalues = chisquare(np.stack([more, epochs - more]), epochs * chances).pvalue
+    assert pvalues.min() > 0.01 / is_random.sum()
+
+
+def test_order_hash_changes_with_the_factors() -> None:
+    index = index_of(EVEN)
+    hashes = [
+        order_hash(index, open_groups=4, seed=0, factors=factors)
+        for factors in (None, some_factors(96), some_factors(96, seed=1))
+    ]
+    assert len(set(hashes)) == 3
+    assert order_hash(index, open_groups=4, seed=0, factors=some_factors(96)) == hashes[1]
+
+
 # ---- dealing, and the ledger
 
 
@@ -169,19 +286,37 @@ BEGIN = Ledger()
 
 
 def feed_of(
-    index: SampleIndex, *, start: Ledger = BEGIN, rank: int = 0, num_workers: int = 1, global_size: int = 6
+    index: SampleIndex,
+    *,
+    start: Ledger = BEGIN,
+    rank: int = 0,
+    num_workers: int = 1,
+    global_size: int = 6,
+    factors: Factors | None = None,
 ) -> Feed:
     batch = BatchConfig(global_size=global_size, per_worker=2)
-    return Feed(index, RECIPE, batch, open_groups=4, epochs=EPOCHS, start=start, rank=rank, num_workers=num_workers)
+    return Feed(
+        index,
+        RECIPE,
+        batch,
+        open_groups=4,
+        epochs=EPOCHS,
+        start=start,
+        rank=rank,
+        num_workers=num_workers,
+        factors=factors,
+    )
 
 
 Row = tuple[npt.NDArray[np.uint8], masks.IdMap]
 
 
-def run(index: SampleIndex, start: Ledger, num_workers: int, global_size: int = 6) -> Iterator[list[list[Batch]]]:
+def run(
+    index: SampleIndex, start: Ledger, num_workers: int, global_size: int = 6, factors: Factors | None = None
+) -> Iterator[list[list[Batch]]]:
     """Steps of all ranks together: for each global batch, each rank's micro-batches."""
     feeds = [
-        feed_of(index, start=start, rank=rank, num_workers=num_workers, global_size=global_size)
+        feed_of(index, start=start, rank=rank, num_workers=num_workers, global_size=global_size, factors=factors)
         for rank in range(num_workers)
     ]
     steps = [batches.iter_batches(feed, batches.iter_chunks(feed)) for feed in feeds]
@@ -189,11 +324,15 @@ def run(index: SampleIndex, start: Ledger, num_workers: int, global_size: int = 
 
 
 def global_batches(
-    index: SampleIndex, start: Ledger = BEGIN, num_workers: int = 1, global_size: int = 6
+    index: SampleIndex,
+    start: Ledger = BEGIN,
+    num_workers: int = 1,
+    global_size: int = 6,
+    factors: Factors | None = None,
 ) -> list[dict[int, Row]]:
     """Each global batch as position -> its row."""
     out = []
-    for ranks in run(index, start, num_workers, global_size):
+    for ranks in run(index, start, num_workers, global_size, factors):
         assert len({len(micro_batches) for micro_batches in ranks}) == 1, "all ranks run as many passes"
         rows: dict[int, Row] = {}
         for batch in (batch for micro_batches in ranks for batch in micro_batches):
@@ -260,19 +399,42 @@ def test_pixels_of_a_position_do_not_depend_on_workers_or_on_resuming(
             assert np.array_equal(labels, expected[position][1])
 
 
+def numbers_of(rows: dict[int, Row]) -> list[int]:
+    """The sample at each position: its red, which blends with the padding at edges."""
+    return [int(np.bincount(rows[p][0][..., 0][rows[p][1] != 255]).argmax()) for p in sorted(rows)]
+
+
 def test_every_sample_comes_once_an_epoch_and_at_its_position(index: SampleIndex) -> None:
     found = global_batches(index)
     per_epoch = num_steps(23, 6)
     seen = []
     for epoch in range(EPOCHS):
         rows = {p: row for step in found[epoch * per_epoch : (epoch + 1) * per_epoch] for p, row in step.items()}
-        numbers = []
-        for position in range(23):
-            image, labels = rows[position]
-            numbers.append(int(np.bincount(image[..., 0][labels != 255]).argmax()))  # blends with the padding at edges
+        numbers = numbers_of(rows)
         assert numbers == epoch_order(index, open_groups=4, seed=3, epoch=epoch).rows.tolist()
         seen.append(numbers)
     assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1)])
+def test_oversampled_epochs_are_the_same_for_any_number_of_workers_and_resume(
+    index: SampleIndex, before: int, after: int
+) -> None:
+    factors = some_factors(23)
+    length = num_positions(index, factors)
+    orders = [epoch_order(index, open_groups=4, seed=3, epoch=epoch, factors=factors).rows for epoch in range(EPOCHS)]
+    assert length > 23 + 6
+    break_off = Ledger(1, 12)
+    begun = global_batches(index, BEGIN, before, factors=factors)[: num_steps(length, 6) + 2]
+    found = begun + global_batches(index, break_off, after, factors=factors)
+    assert [sorted(rows) for rows in found] == plan(BEGIN, length, 6)
+    assert [number for rows in found for number in numbers_of(rows)] == np.concatenate(orders).tolist()
+
+
+def test_repeats_of_a_sample_are_augmented_anew(folder: str) -> None:
+    one = read_index(source(folder)).take(np.array([0]))
+    rows = global_batches(one, factors=np.array([4.0]))[0]
+    assert len({image.tobytes() for image, _ in rows.values()}) == 4
 
 
 def test_a_sample_is_augmented_anew_every_epoch(folder: str) -> None:
