@@ -1,10 +1,13 @@
 """Transforms against torchvision.transforms.v2, image against labels, and what the random draw promises."""
 
+import hashlib
+
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy.stats import chisquare
 from torchvision.transforms.v2 import functional as F
 
 from raysseg.config import Augment
@@ -203,7 +206,7 @@ VARIED = {**PLAIN.model_dump(), "scale": (0.5, 2.0), "flip": 0.5, "vertical_flip
 @pytest.mark.parametrize("rotation", [0.0, 15.0, 180.0])
 @pytest.mark.parametrize("shape", [(120, 160), (250, 230), (41, 230)])
 def test_image_and_labels_stay_aligned(rotation: float, shape: tuple[int, int]) -> None:
-    config = Augment(**{**VARIED, "rotation": rotation})
+    config = Augment(**{**VARIED, "rotation": rotation, "class_crop": 0.5})
     labels = draw_labels(*shape)
     colours = np.vstack([PALETTE, FILL]).astype(np.int32)
     for position in range(40):
@@ -241,7 +244,7 @@ def test_image_and_labels_are_aligned_to_a_tenth_of_a_pixel(rotation: float) -> 
 def test_every_image_gives_a_crop_of_the_size(shape: tuple[int, int], dtype: type) -> None:
     ignore = int(np.iinfo(dtype).max)
     image, labels = np.full((*shape, 3), 50, np.uint8), np.full(shape, ignore - 1, dtype)
-    config = Augment(rotation=20, vertical_flip=0.5, min_object_share=0.5)
+    config = Augment(rotation=20, vertical_flip=0.5, min_object_share=0.5, class_crop=0.5)
     for position in range(20):
         ours, shown = augment(
             image, labels, crop=(64, 48), config=config, ignore=ignore, rng=seeded_rng(1, 2, position)
@@ -261,7 +264,7 @@ def test_sixteen_bit_labels_keep_their_values() -> None:
         assert set(np.unique(shown)) <= {*np.unique(labels), 65535}
 
 
-@pytest.mark.parametrize("config", [None, PLAIN, Augment(), Augment(rotation=10)])
+@pytest.mark.parametrize("config", [None, PLAIN, Augment(), Augment(rotation=10), Augment(class_crop=1)])
 def test_results_are_new_contiguous_arrays_and_inputs_stay(config: Augment | None) -> None:
     image, labels = draw_photo(), draw_labels()
     for source, target in ((image, labels), (image[::-1, ::-1], labels[::-1, ::-1]), (image[:, ::2], labels[:, ::2])):
@@ -344,6 +347,65 @@ def test_one_knob_does_not_move_the_draws_of_another() -> None:
             assert one.colours.contrast == other.colours.contrast
 
 
+def test_draws_without_crops_around_classes_stay_as_they_were() -> None:
+    digest = hashlib.sha256()
+    for config in (Augment(), Augment(rotation=10, min_object_share=0.3, vertical_flip=0.5)):
+        for view in draw_many(draw_labels(), config)[:200]:
+            digest.update(repr((view.window, view.is_flipped, round(view.angle, 9))).encode())
+    assert digest.hexdigest()[:16] == "0a49b37a4be70d02"
+
+
+def test_crops_around_classes_move_nothing_but_their_own_windows() -> None:
+    labels = draw_labels()
+    for tries in (1, 10):
+        plain, some, all_ = (draw_many(labels, Augment(class_crop=share, tries=tries)) for share in (0, 0.3, 1))
+        for one, two, three in zip(plain, some, all_, strict=True):
+            assert one.colours == two.colours == three.colours
+            assert one.is_flipped == two.is_flipped == three.is_flipped
+            assert one.window[2:] == two.window[2:] == three.window[2:]
+            assert two.window in (one.window, three.window)
+        assert 0.2 < np.mean([one.window != two.window for one, two in zip(plain, some, strict=True)]) <= 0.35
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_class_and_pixel_of_a_crop_are_drawn_evenly(dtype: type) -> None:
+    """A crop of one pixel is the pixel that was drawn."""
+    labels = np.full((40, 50), IGNORE, dtype)
+    labels[5:35] = 3
+    labels[10:14, 20:25] = 7
+    labels[39, 49] = 0
+    views = draw_many(labels, Augment(**{**PLAIN.model_dump(), "class_crop": 1}), crop=(1, 1))
+    places = np.array([view.window[:2] for view in views])
+    drawn = labels[tuple(places.T)]
+    assert chisquare([(drawn == label).sum() for label in (0, 3, 7)]).pvalue > 0.01
+    (y, x) = places[drawn == 7].T
+    assert chisquare(np.bincount(5 * (y - 10) + x - 20, minlength=20)).pvalue > 0.01
+    assert chisquare(np.bincount(places[drawn == 3][:, 0] // 5, minlength=7)[1:7]).pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    ("pixel", "rows", "columns"),
+    [((30, 40), range(23, 31), range(31, 41)), ((1, 2), range(2), range(3)), ((58, 74), range(51, 53), range(65, 71))],
+)
+def test_the_pixel_lies_anywhere_in_the_crop_and_the_crop_in_the_image(
+    pixel: tuple[int, int], rows: range, columns: range
+) -> None:
+    labels = np.full((60, 80), IGNORE, np.uint8)
+    labels[pixel] = 1
+    views = draw_many(labels, Augment(**{**PLAIN.model_dump(), "class_crop": 1}), crop=(8, 10))
+    for drawn, allowed in zip(np.array([view.window[:2] for view in views]).T, (rows, columns), strict=True):
+        assert set(drawn.tolist()) == set(allowed)
+        assert chisquare(np.bincount(drawn - allowed[0])).pvalue > 0.01
+
+
+def test_a_smaller_image_lies_whole_in_a_crop_around_a_pixel() -> None:
+    labels = np.zeros((50, 90), np.uint8)
+    labels[3, 80] = 1
+    views = draw_many(labels, Augment(**{**PLAIN.model_dump(), "class_crop": 1}))
+    assert {view.window[0] for view in views} == set(range(-14, 1))
+    assert {view.window[1] for view in views} == set(range(27))
+
+
 def test_no_class_fills_a_crop_where_that_can_be_had() -> None:
     labels = np.zeros((200, 200), np.uint8)
     labels[:, 120:] = 1
@@ -374,6 +436,6 @@ def test_a_crop_keeps_its_share_of_an_object_where_that_can_be_had() -> None:
 
 
 def test_what_cannot_be_had_does_not_fail() -> None:
-    config = Augment(max_class_share=0.1, min_object_share=1)
+    config = Augment(max_class_share=0.1, min_object_share=1, class_crop=0.5)
     for labels in (np.zeros((90, 90), np.uint8), np.full((90, 90), IGNORE, np.uint8), draw_labels()):
         assert len(draw_many(labels, config)) == 1000
