@@ -152,6 +152,19 @@ def test_ray_delivers_and_trains_as_this_process_does(trained_on_ray: TrainResul
     np.testing.assert_allclose([r["train/loss"] for r in ours], [r["train/loss"] for r in theirs], rtol=0.1)
 
 
+def test_oversampled_epochs_are_as_long_here_and_on_ray(
+    ray_cluster: None, example: Path, tmp_path: Path, trained: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raysseg.train._COUNT", 10)  # more are counted over the cluster
+    shared = ("data.oversample=1.0", "data.augment.class_crop=0.5", "schedule.epochs=1")
+    here, there = (
+        rows(train(example_job(str(example), str(tmp_path), *shared, f"scaling.workers={n}", f"name=x{n}")).run)[-1]
+        for n in (0, 2)
+    )
+    assert here["step"] == there["step"] > rows(trained.run)[0]["step"]
+    assert there["train/loss"] == pytest.approx(here["train/loss"], rel=0.1)
+
+
 def test_ray_data_delivered_the_training_bytes(trained_on_ray: TrainResult) -> None:
     log = storage.read_text(f"{trained_on_ray.run}/data.log")
     assert "Operator" in log

@@ -22,6 +22,7 @@ from raysseg.data.index import SampleIndex
 from raysseg.data.sampling import Factors, epoch_order, num_positions, num_windows, order_hash, repeat_factors
 from raysseg.ledger import Ledger, deal, num_steps
 from raysseg.schema import InputError
+from raysseg.train import _count
 
 
 def index_of(group_sizes: Sequence[int]) -> SampleIndex:
@@ -531,6 +532,28 @@ def test_skipped_samples_weigh_nothing_and_are_listed(damaged: str, num_workers:
     reasons = {failure.sample_id: failure.reason for failure in failures}
     assert reasons["05"].startswith("05: the image can't be decoded")
     assert reasons["11"].startswith("11: the mask holds ids that the class list lacks: 77")
+
+
+def test_classes_are_counted_by_sample_and_a_skipped_one_holds_none(damaged: str) -> None:
+    data = {"format": "masks", "images": f"{damaged}/images", "masks": f"{damaged}/masks", "on_error": "skip"}
+    job = parse(
+        {
+            "kind": "train",
+            "name": "check",
+            "task": "semantic",
+            "classes": ["a", "b", "c"],
+            "data": {"train": data, "val": data, "oversample": 0.5},
+            "model": {"name": "segformer-b0", "weights": None},
+            "scaling": {"workers": 0},
+            "storage": "/runs",
+        }
+    )
+    assert job.kind == "train"
+    pixels, presence = _count(job, "train", read_index(job.data.train), read_class_map(["a", "b", "c"]))
+    assert (pixels.num_images, pixels.images.tolist()) == (22, [22, 22, 0])
+    assert presence[:, :2].sum(axis=1).tolist() == [2] * 11 + [0] + [2] * 11
+    assert not presence[:, 2].any()
+    assert repeat_factors(presence, 1.0)[11] == 1
 
 
 def test_bad_sample_stops_and_is_named(damaged: str) -> None:
