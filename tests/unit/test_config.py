@@ -312,6 +312,9 @@ def test_local_paths_become_absolute_and_remote_ones_stay(tmp_path: Path, monkey
         ({"data__crop": 512}, "data.crop: received 512; allowed: a list"),
         ({"data__crop": [1, 2, 3]}, "data.crop: received [1, 2, 3]; allowed: a list of 2"),
         ({"data__augment__scale": [2, 1]}, "data.augment.scale: received [2.0, 1.0]; allowed: [smallest, largest]"),
+        ({"data__augment__class_crop": 2}, "data.augment.class_crop: received 2; allowed: numbers up to 1"),
+        ({"data__oversample": 0}, "data.oversample: received 0; allowed: numbers above 0"),
+        ({"data__oversample": 1.5}, "data.oversample: received 1.5; allowed: numbers up to 1"),
         ({"data__on_error": "ignore"}, "data.on_error: received \"ignore\"; allowed: 'stop' or 'skip'"),
         (
             {"data__train__on_error": "ignore"},
