@@ -23,7 +23,7 @@ from raysseg.config import EvaluateJob, Scaling, TrainJob
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.batches import iter_chunks, iter_pairs
 from raysseg.data.index import Failure, SampleIndex
-from raysseg.data.sampling import Factors, num_positions, repeat_factors
+from raysseg.data.sampling import Factors, Presence, num_positions, repeat_factors
 from raysseg.evaluate import Evaluation, describe_failures, measure
 from raysseg.losses import ClassPixels, balance, count_pixels
 from raysseg.masks import BINARY_MEND, to_dense
@@ -33,9 +33,6 @@ from raysseg.schema import ClassMap, InputError
 from raysseg.worker import Plan, Saved, train_epochs
 
 logger = logging.getLogger(__name__)
-
-Presence = npt.NDArray[np.bool_]
-"""(N, C), whether a sample holds a class."""
 
 _LOOK = 8  # samples of each split that are decoded before anything is started
 _COUNT = 2000  # masks of a split that are counted in this process, and at most unless balancing needs all
@@ -101,8 +98,7 @@ def _look_at(split: str, index: SampleIndex, classes: ClassMap) -> None:
 
 
 def _count(job: TrainJob, split: str, index: SampleIndex, classes: ClassMap) -> tuple[ClassPixels, Presence]:
-    """Pixels of each class, and which classes a sample holds: of all masks where balancing needs them, else of an even
-    choice."""
+    """Pixels by class, and classes by sample: of all masks where balancing needs them, else of an even choice."""
     is_balanced = isinstance(job.loss.class_weights, str) or job.data.oversample is not None
     if split == "val" or not is_balanced:
         index = index.thinned(_COUNT)

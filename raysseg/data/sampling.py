@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from raysseg.data.index import SampleIndex
 
+Presence = npt.NDArray[np.bool_]
+"""(N, C), whether a sample holds a class."""
+
 Factors = npt.NDArray[np.float64]
 """(N,) how often an epoch shows each sample, on average; 1 at least."""
 
@@ -32,14 +35,14 @@ class Order:
         return len(self.rows)
 
 
-def repeat_factors(presence: npt.NDArray[np.bool_], threshold: float) -> Factors:
+def repeat_factors(presence: Presence, threshold: float) -> Factors:
     """Repeat factors as LVIS has them (Gupta et al. 2019): the rarer an image's rarest class, the more often it comes.
 
     A class that a share f of the images holds has the factor max(1, sqrt(threshold / f)); an image has the largest of
     its classes', and 1 where it holds none.
 
     Args:
-        presence: (N, C), whether an image holds a class.
+        presence: which classes each image holds.
         threshold: the share below which a class is rare.
     """
     shares = np.maximum(presence.mean(axis=0), 1 / len(presence))  # no image takes the factor of an absent class
