@@ -9,7 +9,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def score(model: SegModel, job: config.TrainJob, classes: ClassMap, dtype: torch
 
 
 def gain(what: str, ours: list[float], plain: list[float]) -> dict[str, str | float]:
-    """A row: the means over the seeds, and our gain from its lowest to its highest."""
+    """A row: the means over the seeds, and our gain, with its standard error, from its lowest to its highest."""
     gains = sorted(a - b for a, b in zip(ours, plain, strict=True))
     means = mean(ours), mean(plain)
     return {
@@ -138,6 +138,7 @@ def gain(what: str, ours: list[float], plain: list[float]) -> dict[str, str | fl
         "ours": means[0],
         "peer": means[1],
         "gain": means[0] - means[1],
+        "error": stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan"),
         "lowest": gains[0],
         "highest": gains[-1],
     }
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each side, of seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each side for each of these")
     options = parser.parse_args()
     os.environ.setdefault("CAMVID", f"{os.environ.get('RAYSSEG_DATA', '../shared/data')}/camvid")
     overrides = [
@@ -169,7 +170,7 @@ def main() -> None:
     ]
     log_to_stderr()
     ours, plain = [], []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
             job = config.load(JOB, [*overrides, f"storage={folder}", f"seed={seed}"])
             assert isinstance(job, config.TrainJob)
@@ -180,7 +181,8 @@ def main() -> None:
     names = ["miou", "mean_dice", "pixel_accuracy", *per_class, "training s"]
     rows = [gain(name, [run[name] for run in ours], [run[name] for run in plain]) for name in names]
     settings = {"job": JOB, "overrides": overrides, "seeds": options.seeds, "peer": PEER}
-    write_result(f"camvid-{options.model}", device_name(), rows, settings)
+    numbers = "-".join(map(str, options.seeds))
+    write_result(f"camvid-{options.model}-seeds-{numbers}", device_name(), rows, settings)
 
 
 if __name__ == "__main__":
