@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raysseg import storage
@@ -488,8 +497,54 @@ class ShardJob(BaseJob):
     output: ShardOutput
 
 
-Job = TrainJob | EvaluateJob | ShardJob
-JOBS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "shard": ShardJob}
+class Splits(Section):
+    """The splits of a data set, as a train job has them."""
+
+    train: AnySource
+    val: AnySource | None = None
+
+
+def _is_split(value: Any) -> str:
+    return "splits" if isinstance(value, Splits) or (isinstance(value, Mapping) and "train" in value) else "source"
+
+
+class InspectJob(BaseJob):
+    """The fingerprint of a data set: what it is, what is wrong with it, what to do about it."""
+
+    kind: Literal["inspect"]
+    task: Task = "semantic"
+    classes: Classes | None = None
+    """Default: the categories of the data set; where it names none, the ids that its masks hold."""
+    data: Annotated[
+        Annotated[AnySource, Tag("source")] | Annotated[Splits, Tag("splits")], Discriminator(_is_split)
+    ]
+    """A source, or `train` and `val`."""
+    val: AnySource | None = None
+    """A second source, which should share no image with `data`."""
+    storage: Uri = Field(default="runs", validate_default=True)
+    """fingerprint.json and the page, report.html, go to <storage>/<name>."""
+
+    @property
+    def run_uri(self) -> str:
+        """The folder of the fingerprint."""
+        return storage.join(self.storage, self.name)
+
+    @property
+    def splits(self) -> dict[str, AnySource]:
+        """The sources by split, the one for training first."""
+        train, val = (self.data.train, self.data.val) if isinstance(self.data, Splits) else (self.data, self.val)
+        return {"train": train, "val": val} if val is not None else {"data": train}
+
+    @model_validator(mode="after")
+    def _has_labels(self) -> Self:
+        if isinstance(self.data, Splits) and self.val is not None:
+            message = "stands beside `data.train`; name the second source once, as `data.val`"
+            raise PydanticCustomError("twice", message, {"key": "val"})
+        return self
+
+
+Job = TrainJob | EvaluateJob | ShardJob | InspectJob
+JOBS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "shard": ShardJob, "inspect": InspectJob}
 
 
 def _model_defaults(model: object) -> dict[str, Any]:
@@ -546,7 +601,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     if not isinstance(raw, dict):
         held = "nothing" if raw is None else f"{type(raw).__name__} {text.strip()[:40]!r}"
         raise JobError(f"{path}: a job file is a mapping of keys to values (`kind: train`, ...); this one holds {held}")
-    return parse(_expanded(_overridden(raw, overrides), str(path)), str(path))
+    return compose(raw, overrides, str(path))
+
+
+def compose(raw: Mapping[str, Any], overrides: Sequence[str], where: str = "job") -> Job:
+    """A job from a mapping, with overrides and environment variables as `load` has them; raises JobError likewise."""
+    return parse(_expanded(_overridden(dict(raw), overrides), where), where)
 
 
 def parse(raw: Mapping[str, Any], where: str = "job") -> Job:

@@ -60,6 +60,16 @@ class _Content(msgspec.Struct):
     categories: list[CocoCategory]
 
 
+class _Box(msgspec.Struct):
+    image_id: int
+    bbox: list[float] | None = None
+
+
+class _Boxes(msgspec.Struct):
+    images: list[CocoImage]
+    annotations: list[_Box]
+
+
 class _Categories(msgspec.Struct):
     categories: list[CocoCategory]
 
@@ -92,7 +102,7 @@ def read_index(source: CocoSource) -> SampleIndex:
     rows = find_rows(source.annotations, images, [annotation.image_id for annotation in annotations])
     known = {category.id for category in content.categories}
     for annotation in annotations:
-        if annotation.category_id not in known:
+        if annotation.category_id not in known and not source.is_skipping:  # else its sample is, where it is used
             raise InputError(
                 f"{source.annotations}: annotation {annotation.id} has category_id {annotation.category_id}, which is "
                 "none of `categories`; add the category, or remove the annotation"
@@ -117,6 +127,18 @@ def read_index(source: CocoSource) -> SampleIndex:
         }
     )
     return SampleIndex(source, references, np.arange(len(images), dtype=np.int64))
+
+
+def read_boxes(source: CocoSource) -> pa.Array:
+    """The `bbox` of every annotation, as x, y, width, height, in lists as `annotations` of the index has them.
+
+    Training needs none of them, so that they are no part of the index; NaN where an annotation has none.
+    """
+    content = read_json(source.annotations, _Boxes)
+    rows = find_rows(source.annotations, content.images, [a.image_id for a in content.annotations])
+    boxes = [a.bbox if a.bbox is not None and len(a.bbox) == 4 else [np.nan] * 4 for a in content.annotations]
+    columns = np.array(boxes, np.float64).reshape(-1, 4)[np.argsort(rows, kind="stable")].T
+    return to_lists(pa.table(dict(zip("xywh", columns, strict=True))), rows, len(content.images))
 
 
 def read_samples(source: CocoSource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:

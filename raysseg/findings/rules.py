@@ -1,0 +1,240 @@
+"""Facts of all samples -> flags: what only shows beside the class list, the other samples or the other split."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from raysseg.findings.facts import HASH_BITS, SampleFacts
+from raysseg.findings.kinds import Flag
+from raysseg.findings.shapes import Regions
+from raysseg.schema import ClassMap
+
+Split = Sequence[SampleFacts]
+
+_CUSTOMARY_IGNORE = frozenset({0, 254, 255, 65535})
+_NEAR_BITS = 22  # of HASH_BITS that may differ between two versions of an image; others differ in half of them
+_BLOCK = 2048  # images compared with all others at once
+_SINGLE_SHARE = 0.1  # where more of the masks hold a single class, that is how the data are
+_SHIFT_GAIN = 1.5  # in spreads of the edges' strength over all places
+_SHIFT_LEAST = 3  # pixels; annotators are not more exact than that
+_FEWEST = 12  # regions of a class from which its own manner can be told
+_ROUGH_LEAST = 0.35
+_HOLES_LEAST = 4
+_FAR_LEAST = 0.3
+_CLUSTERS_LEAST = 3
+_NECK_MOST = 0.5
+
+
+def flag_all(splits: Mapping[str, Split], classes: ClassMap) -> Iterator[Flag]:
+    """Everything that is wrong with a data set, in no order.
+
+    Args:
+        splits: facts by split; leaks and missing classes are looked for in all but the first.
+        classes: what ids mean.
+    """
+    for name, facts in splits.items():
+        for sample in facts:
+            yield from (Flag(problem.kind, name, sample.sample_id, problem.detail) for problem in sample.problems)
+        yield from flag_ids(facts, classes)
+        yield from flag_empty(facts, classes)
+        yield from flag_duplicates(facts)
+        yield from flag_shifts(facts)
+    yield from flag_shapes(list(chain.from_iterable(splits.values())), classes)
+    (_, train), *others = splits.items()
+    for _, facts in others:
+        yield from flag_leaks(train, facts)
+        yield from flag_missing_classes(train, facts, classes)
+
+
+def known_ids(classes: ClassMap) -> frozenset[int]:
+    """All ids that the class list has a meaning for."""
+    return frozenset([*classes.ids, *chain.from_iterable(classes.aliases), *classes.dropped, classes.ignore_index])
+
+
+def class_of_id(classes: ClassMap) -> dict[int, int]:
+    """The class index of each id that stands for a class."""
+    aliases = classes.aliases or ((),) * len(classes)
+    return {i: index for index, own in enumerate(classes.ids) for i in (own, *aliases[index])}
+
+
+# --- ids ----------------------------------------------------------------------------------------------------------
+
+
+def flag_ids(facts: Split, classes: ClassMap) -> Iterator[Flag]:
+    """Ids that the class list lacks: binary masks, another ignore index, or plainly wrong."""
+    known, index_of = known_ids(classes), class_of_id(classes)
+    all_ids = set(chain.from_iterable(sample.labels.ids.tolist() for sample in facts if sample.labels))
+    is_binary = {0, 255} == all_ids and not {0, 255} <= index_of.keys()
+    for sample in facts:
+        if sample.labels is None:
+            continue
+        present = set(sample.labels.ids.tolist())
+        unknown = sorted(present - known)
+        if present == {0, 255} and (unknown or is_binary):
+            yield Flag("binary_0_255", sample.split, sample.sample_id, "holds the ids 0 and 255 alone")
+        elif unknown:
+            kind = "wrong_ignore_index" if _CUSTOMARY_IGNORE.issuperset(unknown) else "id_out_of_range"
+            shares = sample.labels.pixels[np.isin(sample.labels.ids, unknown)] / np.prod(sample.labels.size)
+            shown = ", ".join(
+                f"{i} ({share:.2%} of the pixels)" for i, share in zip(unknown[:4], shares[:4], strict=True)
+            )
+            yield Flag(kind, sample.split, sample.sample_id, f"unknown: {shown}; ignored: {classes.ignore_index}")
+
+
+def flag_empty(facts: Split, classes: ClassMap) -> Iterator[Flag]:
+    """Samples without a labelled pixel, without content, or of a single class where others hold several."""
+    index_of, known = class_of_id(classes), known_ids(classes)
+    labelled = [sample for sample in facts if sample.labels]
+    singles = []
+    for sample in labelled:
+        assert sample.labels is not None
+        present = set(sample.labels.ids.tolist())
+        is_dense = not len(sample.labels.regions) or not sample.labels.regions["number"].any()
+        hollow = sample.labels.regions["number"][sample.labels.regions["area"] == 0].tolist()
+        if hollow:
+            text = f"segments {', '.join(map(str, hollow[:5]))} cover no pixel"
+            yield Flag("empty_annotation", sample.split, sample.sample_id, text)
+        if not present and not sample.labels.num_crowds and not hollow:
+            yield Flag("empty_annotation", sample.split, sample.sample_id, "has no segment")
+        elif present <= known and not present & index_of.keys() and (present or sample.labels.num_crowds):
+            yield Flag("all_ignored", sample.split, sample.sample_id, "no pixel belongs to a class")
+        elif is_dense and len(present - {classes.ignore_index}) == 1 and present <= known:
+            singles.append(sample)
+    if len(singles) <= max(1, _SINGLE_SHARE * len(labelled)) < len(labelled):
+        for sample in singles:
+            yield Flag("empty_annotation", sample.split, sample.sample_id, f"is {_names(sample, classes)} all over")
+
+
+def flag_missing_classes(train: Split, other: Split, classes: ClassMap) -> Iterator[Flag]:
+    """Samples of classes of which train has none."""
+    index_of = class_of_id(classes)
+    have = {index_of.get(i) for sample in train if sample.labels for i in sample.labels.ids.tolist()}
+    for sample in other:
+        lacked = sorted({index_of[i] for i in sample.labels.ids.tolist() if i in index_of} - have) if sample.labels else []
+        for index in lacked:
+            yield Flag("missing_class", sample.split, sample.sample_id, f"holds {classes.names[index]}")
+
+
+def _names(sample: SampleFacts, classes: ClassMap) -> str:
+    index_of = class_of_id(classes)
+    assert sample.labels is not None
+    return ", ".join(classes.names[index_of[i]] for i in sample.labels.ids.tolist() if i in index_of) or "ignored"
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def flag_duplicates(facts: Split) -> Iterator[Flag]:
+    """Samples of one split that show the same pixels."""
+    for group in _by_digest(facts).values():
+        for sample in group[1:]:
+            yield Flag("duplicate_image", sample.split, sample.sample_id, f"the same pixels as {group[0].sample_id}")
+
+
+def flag_leaks(train: Split, other: Split) -> Iterator[Flag]:
+    """Samples of another split that show an image of train, exactly or nearly."""
+    same = _by_digest(train)
+    rest = []
+    for sample in other:
+        if sample.digest in same:
+            text = f"the same pixels as {same[sample.digest][0].split}/{same[sample.digest][0].sample_id}"
+            yield Flag("leak", sample.split, sample.sample_id, text)
+        elif sample.look:
+            rest.append(sample)
+    known = [sample for sample in train if sample.look]
+    for sample, (place, distance) in zip(rest, _nearest(rest, known), strict=True):
+        if distance <= _NEAR_BITS:
+            text = f"nearly {known[place].split}/{known[place].sample_id} ({distance} of {HASH_BITS} bits differ)"
+            yield Flag("leak", sample.split, sample.sample_id, text)
+
+
+def _by_digest(facts: Split) -> dict[bytes, list[SampleFacts]]:
+    groups: dict[bytes, list[SampleFacts]] = defaultdict(list)
+    for sample in facts:
+        if sample.digest:
+            groups[sample.digest].append(sample)
+    return groups
+
+
+def _nearest(queries: Split, known: Split) -> list[tuple[int, int]]:
+    """For each sample the place of the one with the nearest hash, and how many bits differ."""
+    if not queries or not known:
+        return [(0, HASH_BITS)] * len(queries)
+    table = _signs(known)
+    found: list[tuple[int, int]] = []
+    for start in range(0, len(queries), _BLOCK):
+        agreement = _signs(queries[start : start + _BLOCK]) @ table.T  # bits alike less bits that differ
+        best = agreement.argmax(axis=1)
+        values = agreement[np.arange(len(best)), best]
+        found += zip(best.tolist(), ((HASH_BITS - values) / 2).astype(int).tolist(), strict=True)
+    return found
+
+
+def _signs(facts: Split) -> npt.NDArray[np.float32]:
+    """Hashes as rows of +1 and -1, so that a matrix product counts bits."""
+    bits = np.unpackbits(np.frombuffer(b"".join(sample.look for sample in facts), np.uint8)).reshape(-1, HASH_BITS)
+    return bits.astype(np.float32) * 2 - 1
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+
+def flag_shifts(facts: Split) -> Iterator[Flag]:
+    """Labels that would lie on stronger edges if they were moved."""
+    for sample in facts:
+        if sample.labels is None:
+            continue
+        down, across, gain = sample.labels.shift
+        if gain >= _SHIFT_GAIN and max(abs(down), abs(across)) >= _SHIFT_LEAST:
+            vertical = f"{abs(down)} pixels {'down' if down > 0 else 'up'}"
+            level = f"{abs(across)} {'right' if across > 0 else 'left'}"
+            yield Flag("shifted_mask", sample.split, sample.sample_id, f"fits better {vertical} and {level}")
+
+
+def flag_shapes(facts: Split, classes: ClassMap) -> Iterator[Flag]:
+    """Regions that are unlike the others of their class: rough, holed, merged or scattered."""
+    index_of = class_of_id(classes)
+    owners = [sample for sample in facts if sample.labels is not None and len(sample.labels.regions)]
+    if not owners:
+        return
+    regions = np.concatenate([sample.labels.regions for sample in owners if sample.labels])
+    owner = np.repeat(np.arange(len(owners)), [len(sample.labels.regions) for sample in owners if sample.labels])
+    usable = ~regions["is_crowd"] & (regions["area"] > 0)
+    for class_id in np.unique(regions["class_id"][usable]).tolist():
+        rows = np.flatnonzero(usable & (regions["class_id"] == class_id))
+        name = classes.names[index_of[class_id]] if class_id in index_of else f"id {class_id}"
+        for kind, hits, text in _outliers(regions[rows]):
+            for row in rows[hits]:
+                sample, number = owners[owner[row]], int(regions["number"][row])
+                what = f"segment {number} ({name})" if number else name
+                yield Flag(kind, sample.split, sample.sample_id, f"{what} {text}")
+
+
+def _outliers(regions: Regions) -> Iterator[tuple[str, npt.NDArray[np.int64], str]]:
+    """Places of the regions, all of one class, that each kind means."""
+    if len(regions) >= _FEWEST:
+        rough = regions["rough"] > np.maximum(_ROUGH_LEAST, _limit(regions["rough"], 8))
+        yield "holes_or_jagged", np.flatnonzero(rough), "is rougher than its class is elsewhere"
+        holed = regions["holes"] > np.maximum(_HOLES_LEAST, _limit(regions["holes"], 8))
+        yield "holes_or_jagged", np.flatnonzero(holed & ~rough), "has more small holes than its class has elsewhere"
+    scattered = (regions["clusters"] >= _CLUSTERS_LEAST) & (regions["far"] >= _FAR_LEAST)
+    yield "scattered_instance", np.flatnonzero(scattered), "lies in pieces far apart"
+    merged = (regions["neck"] < _NECK_MOST) & ~scattered & (regions["solidity"] < 0.9)
+    if merged.mean() <= 0.25 or len(regions) < _FEWEST:
+        yield "merged_instances", np.flatnonzero(merged), "has a narrow neck between two parts"
+
+
+def _limit(values: npt.NDArray[np.generic], spreads: float) -> float:
+    """The median and so many median absolute deviations above it."""
+    middle = np.median(values)
+    return float(middle + spreads * np.median(np.abs(values - middle)))
+
+
+def count_modes(facts: Split) -> dict[str, int]:
+    """Images of each mode of pixels, by name."""
+    return dict(sorted(Counter(sample.mode for sample in facts if sample.mode).items()))

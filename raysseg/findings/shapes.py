@@ -1,0 +1,179 @@
+"""Measures of masks: how wide, in how many pieces, how rough, and whether they lie on the image's edges."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from raysseg.masks import IdMap
+
+Bits = npt.NDArray[np.uint8]
+"""(H, W), 0 or 1."""
+
+REGION = np.dtype(
+    [
+        ("class_id", np.int32),
+        ("number", np.int32),
+        ("is_crowd", np.bool_),
+        ("area", np.int64),
+        ("box", np.int32, 4),
+        ("width", np.float32),
+        ("rough", np.float32),
+        ("holes", np.int32),
+        ("clusters", np.int32),
+        ("far", np.float32),
+        ("neck", np.float32),
+        ("solidity", np.float32),
+    ]
+)
+"""What is kept of a segment, or of all pixels of one id.
+
+number: of the segment, from 1 on; 0 for label images. box: x0, y0, x1, y1. width: of a typical stroke, in pixels.
+rough: pixels that smoothing turns over those of the smoothed outline. holes: small ones. clusters: groups of pieces
+with gaps between them; far: the share of the area outside of the largest. neck: how far the mask must be eroded, as a
+share of its half-width, to fall into two large parts; 1 where it does not. solidity: area over that of the convex hull.
+"""
+
+Regions = npt.NDArray[np.void]
+"""(N,) of REGION."""
+
+_SMALL_HOLE = 40  # pixels; larger ones are more often true
+_SHIFT_SIDE = 640  # pixels: larger images are scaled down to look for a shift
+_REACH = 14  # pixels to each side that a shift is looked for
+_MAX_PIECES = 60  # the largest ones, when pieces are grouped
+
+
+def measure_region(mask: Bits, class_id: int, number: int, is_crowd: bool, *, is_instance: bool) -> tuple[object, ...]:
+    """A row of REGION; `neck`, `far` and `solidity` are measured of instances alone."""
+    x, y, width, height = cv2.boundingRect(mask)
+    if not width:
+        return (class_id, number, is_crowd, 0, (0, 0, 0, 0), 0.0, 0.0, 0, 0, 0.0, 1.0, 1.0)
+    crop = np.pad(mask[y : y + height, x : x + width], 3)
+    area = int(np.count_nonzero(crop))
+    depth = cv2.distanceTransform(crop, cv2.DIST_L2, 3)
+    clusters, far, neck, solidity = (1, 0.0, 1.0, 1.0)
+    if is_instance and not is_crowd:
+        clusters, far = _group_pieces(crop, area)
+        neck, solidity = _find_neck(depth, area), _solidity(crop, area)
+    return (
+        class_id,
+        number,
+        is_crowd,
+        area,
+        (x, y, x + width, y + height),
+        4 * float(np.median(depth[crop > 0])),  # depth is even between 0 and half of a stroke's width
+        _roughness(crop),
+        _count_small_holes(crop),
+        clusters,
+        far,
+        neck,
+        solidity,
+    )
+
+
+def component_areas(mask: Bits) -> list[int]:
+    """Pixels of each connected part."""
+    areas: list[int] = cv2.connectedComponentsWithStats(mask, connectivity=8)[2][1:, cv2.CC_STAT_AREA].tolist()
+    return areas
+
+
+def _roughness(crop: Bits) -> float:
+    smooth = cv2.medianBlur(crop, 5)
+    outline = cv2.morphologyEx(smooth, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
+    return float(np.count_nonzero(smooth != crop) / (np.count_nonzero(outline) / 2 + 10))
+
+
+def _count_small_holes(crop: Bits) -> int:
+    areas = cv2.connectedComponentsWithStats(1 - crop, connectivity=4)[2][1:, cv2.CC_STAT_AREA]
+    return int((areas <= _SMALL_HOLE).sum())
+
+
+def _group_pieces(crop: Bits, area: int) -> tuple[int, float]:
+    """Groups of pieces that lie further apart than the mask is large, and the share outside of the largest group."""
+    stats = cv2.connectedComponentsWithStats(crop, connectivity=8)[2][1:]
+    stats = stats[np.argsort(-stats[:, cv2.CC_STAT_AREA], kind="stable")][:_MAX_PIECES]
+    if len(stats) == 1:
+        return 1, 0.0
+    low, high = stats[:, :2], stats[:, :2] + stats[:, 2:4]
+    gaps = np.maximum(low[:, None] - high[None], low[None] - high[:, None]).clip(0)  # (P, P, 2), boxes' gaps by axis
+    is_near = np.hypot(gaps[..., 0], gaps[..., 1]) <= max(4.0, 0.5 * np.sqrt(area))
+    for _ in range(int(np.ceil(np.log2(len(stats))))):
+        is_near = (is_near.astype(np.float32) @ is_near.astype(np.float32)) > 0  # near by way of others
+    groups = np.unique(is_near.argmax(axis=1), return_inverse=True)[1]
+    areas = np.bincount(groups, stats[:, cv2.CC_STAT_AREA])
+    counted = areas >= 0.02 * area
+    return int(counted.sum()), float(1 - areas.max() / areas.sum())
+
+
+def _find_neck(depth: npt.NDArray[np.float32], area: int) -> float:
+    deepest = float(depth.max())
+    if deepest < 2.5:
+        return 1.0  # too thin to tell a neck from a stroke
+    for share in (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75):
+        _, parts, stats, _ = cv2.connectedComponentsWithStats((depth > share * deepest).view(np.uint8), connectivity=8)
+        sizes = stats[1:, cv2.CC_STAT_AREA]
+        if (sizes >= 0.1 * area).sum() < 2:
+            continue
+        peaks = [float(depth[parts == i + 1].max()) for i in np.flatnonzero(sizes >= 0.1 * area)]
+        second = sorted(peaks)[-2]
+        if second >= 0.5 * deepest:
+            return share * deepest / second
+    return 1.0
+
+
+def _solidity(crop: Bits, area: int) -> float:
+    points = cv2.findNonZero(crop)
+    return min(1.0, area / max(1.0, cv2.contourArea(cv2.convexHull(points)) + len(cv2.convexHull(points)) / 2))
+
+
+def measure_shift(image: npt.NDArray[np.uint8], ids: IdMap, ignored: int) -> tuple[int, int, float]:
+    """Where the labels' boundaries would lie on the strongest edges of the image.
+
+    Args:
+        image: (H, W, 3).
+        ids: (H, W) labels.
+        ignored: the id whose outlines do not count.
+
+    Returns:
+        How far down and across the labels would have to move, in pixels, and what that gains: the difference of the
+        mean gradient there and here, over the spread of the gradient in all directions.
+    """
+    scale = min(1.0, _SHIFT_SIDE / max(ids.shape))
+    if scale < 1:
+        size = (max(1, round(ids.shape[1] * scale)), max(1, round(ids.shape[0] * scale)))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        ids = cv2.resize(ids, size, interpolation=cv2.INTER_NEAREST)
+    if min(ids.shape) < 4 * _REACH:
+        return 0, 0, 0.0
+    edges = _edge_strength(image)
+    outline = _outline(ids, ignored)
+    inner = outline[_REACH:-_REACH, _REACH:-_REACH]
+    if (num := int(inner.sum())) < 100:
+        return 0, 0, 0.0
+    energy = cv2.matchTemplate(edges, inner, cv2.TM_CCORR) / num  # (2 * _REACH + 1, same)
+    best = np.unravel_index(int(energy.argmax()), energy.shape)
+    gain = float((energy[best] - energy[_REACH - 1 : _REACH + 2, _REACH - 1 : _REACH + 2].max()) / energy.std())
+    down, across = (int(place) - _REACH for place in best)
+    return round(down / scale), round(across / scale), round(gain, 3)
+
+
+def _edge_strength(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The gradient's magnitude, (H, W), its strongest tenth cut so that a few hard edges don't decide."""
+    soft = cv2.GaussianBlur(image, (0, 0), 1.0).astype(np.float32)
+    across, down = (cv2.Sobel(soft, cv2.CV_32F, dx, dy).reshape(*image.shape) for dx, dy in ((1, 0), (0, 1)))
+    strength: npt.NDArray[np.float32] = np.sqrt(np.sqrt(across**2 + down**2).max(axis=2))
+    return np.minimum(strength, np.float32(np.quantile(strength, 0.97)))
+
+
+def _outline(ids: IdMap, ignored: int) -> npt.NDArray[np.float32]:
+    outline = np.zeros(ids.shape, np.float32)
+    known = ids != ignored
+    sides = ids[:, 1:] != ids[:, :-1]
+    tops = ids[1:] != ids[:-1]
+    if ignored:
+        sides &= known[:, 1:] & known[:, :-1]
+        tops &= known[1:] & known[:-1]
+    outline[:, 1:] += sides
+    outline[1:] += tops
+    return np.minimum(outline, 1)
