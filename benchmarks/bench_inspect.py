@@ -1,9 +1,8 @@
-"""Faults planted by seed into clean data, 20 of each kind: which of them `raysseg inspect` finds, and what else it flags."""
+"""Faults planted by seed into clean data, 20 of each kind: which of them `raysseg inspect` finds, and what else."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ Rng = np.random.Generator
 Ids = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Annotation = dict[str, Any]
+Row = dict[str, str | float]
 Flags = dict[str, set[str]]
 """Samples, as split/id, by kind."""
 
@@ -138,7 +138,9 @@ def add_copy(copy: Copy, stem: str, split: str, new: str, change: Callable[[Imag
     boxed = {"bbox": [10, 10, 20, 20], "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]], "iscrowd": 0}
     category = copy.annotations["train"]["categories"][0]["id"]
     for number, annotation in enumerate(own or [{**boxed, "category_id": category}]):
-        content["annotations"].append({**annotation, "id": 10**8 + len(content["annotations"]), "image_id": record["id"]})
+        content["annotations"].append(
+            {**annotation, "id": 10**8 + len(content["annotations"]), "image_id": record["id"]}
+        )
         assert number >= 0
 
 
@@ -238,8 +240,10 @@ def jagged(ids: npt.NDArray[Any], rng: Rng) -> npt.NDArray[Any]:
 
 def holed(ids: npt.NDArray[Any], rng: Rng, region: Mask | None = None) -> npt.NDArray[Any]:
     """Forty little discs of another label, or as many as a region of the size has room for."""
-    inside = cv2.erode((ids == np.bincount(ids.ravel()).argmax() if region is None else region).astype(np.uint8),
-                       np.ones((9, 9), np.uint8))
+    inside = cv2.erode(
+        (ids == np.bincount(ids.ravel()).argmax() if region is None else region).astype(np.uint8),
+        np.ones((9, 9), np.uint8),
+    )
     places = np.argwhere(inside)
     spoilt = np.ascontiguousarray(ids)
     other = int(np.unique(ids)[0]) if region is None else 0
@@ -336,7 +340,11 @@ def merge_touching(copy: Copy, stem: str, rng: Rng) -> set[str] | None:
         near = cv2.dilate(one.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
         for second, other in found[i + 1 :]:
             balanced = 0.33 < one.sum() / other.sum() < 3
-            if second["category_id"] == first["category_id"] and balanced and 3 < (near & other).sum() < 0.2 * one.sum():
+            if (
+                second["category_id"] == first["category_id"]
+                and balanced
+                and 3 < (near & other).sum() < 0.2 * one.sum()
+            ):
                 closed = cv2.morphologyEx((one | other).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
                 set_mask(first, closed > 0)
                 remove(copy, [second])
@@ -433,7 +441,7 @@ def copy_of(name: str, data: str, root: Path) -> Copy:
         draw_example(root, num_train=400, num_val=60)
         classes = json.loads((root / "classes.json").read_text())
         splits = {s: root / s / "instances.json" for s in ("train", "val")} if name == "example-coco" else {}
-    elif name == "coco_instances":
+    elif (Path(data) / name / "annotations_train.json").exists():
         for split in ("train", "val"):
             shutil.copytree(f"{data}/{name}/{split}/images", root / split / "images")
         classes, splits = {}, {s: Path(data) / name / f"annotations_{s}.json" for s in ("train", "val")}
@@ -476,7 +484,9 @@ def flags_of(copy: Copy) -> Flags:
     return found
 
 
-def score(name: str, kind: str, planted: Sequence[set[str]], flagged: set[str], clean: set[str]) -> dict[str, str | float]:
+def score(
+    name: str, kind: str, planted: Sequence[set[str]], flagged: set[str], clean: set[str]
+) -> dict[str, str | float]:
     hits = sum(bool(samples & flagged) for samples in planted)
     extra = flagged - set().union(*planted)
     new = extra - clean
@@ -494,7 +504,7 @@ def score(name: str, kind: str, planted: Sequence[set[str]], flagged: set[str], 
     }
 
 
-def run(name: str, data: str, number: int, seed: int, only: Sequence[str]) -> list[dict[str, str | float]]:
+def run(name: str, data: str, number: int, seed: int, only: Sequence[str]) -> list[Row]:
     """All kinds of a data set, in as many rounds as its samples ask for, and what its clean copy shows."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         pristine = copy_of(name, data, Path(folder) / "clean")
@@ -530,7 +540,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=[], help="these alone")
     parser.add_argument("--dry", action="store_true", help="write no file")
     options = parser.parse_args()
-    rows = [row for name in options.sets for row in run(name, options.data, options.number, options.seed, options.kinds)]
+    rows = [
+        row for name in options.sets for row in run(name, options.data, options.number, options.seed, options.kinds)
+    ]
     settings = {"number": options.number, "seed": options.seed, "sets": options.sets}
     if options.dry:
         for row in rows:

@@ -17,6 +17,7 @@ from raysseg.schema import InputError
 JOB_VERBS = {
     "train": "train a model, or go on with a run that stopped",
     "evaluate": "score a bundle, or stored predictions, over a data set",
+    "inspect": "what a data set holds, what is wrong with it and what to do about it; also: inspect IMAGES MASKS",
     "shard": "write a data set as Parquet shards, or --to another format",
 }
 
@@ -46,11 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, help_text in JOB_VERBS.items():
         part = verbs.add_parser(verb, help=help_text)
-        part.add_argument("job", help="job file: YAML, local or s3://")
+        part.add_argument("job", help="job file: YAML, local or s3://" + (", or a folder" if verb == "inspect" else ""))
         part.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="wins over the file")
         part.add_argument("--json", action="store_true", help="print the result as one JSON object")
         if verb == "shard":
             part.add_argument("--to", metavar="FORMAT", help="output.format: shards, masks, coco or coco_panoptic")
+        if verb == "inspect":
+            part.add_argument("--write-job", metavar="PATH", help="write a train job that follows the advice")
     example = verbs.add_parser("example", help="draw the example data set, for all three tasks")
     example.add_argument("out", type=Path, help="folder to write")
     example.add_argument("--train", type=int, default=160, help="training scenes (default: %(default)s)")
@@ -76,7 +79,28 @@ def _run(options: argparse.Namespace) -> dict[str, Any] | None:
         )
         return {"data": str(options.out.resolve()), "train": options.train, "val": options.val, "seed": options.seed}
     overrides = [*options.overrides, *([f"output.format={options.to}"] if getattr(options, "to", None) else [])]
+    if options.verb == "inspect":
+        return _inspect(options.job, overrides, options.write_job)
     return _run_job(options.verb, options.job, overrides)
+
+
+def _inspect(path: str, overrides: Sequence[str], write_job: str | None) -> dict[str, Any]:
+    """Runs an inspect job, of a file or of two folders, and writes the train job that it recommends."""
+    from raysseg import config, storage
+    from raysseg.runtime import log_to_stderr
+
+    is_plain = bool(overrides) and "=" not in overrides[0]
+    job = config.plain_inspect(path, overrides[0], overrides[1:]) if is_plain else config.load(path, overrides)
+    if not isinstance(job, config.InspectJob):
+        raise InputError(f"{path}: kind is {job.kind!r}: run it as `raysseg {job.kind} {path}`")
+    log_to_stderr()
+    from raysseg.fingerprint import inspect
+
+    result = inspect(job)
+    if write_job is not None:
+        storage.write_text(storage.absolute(write_job), result.train_job)
+    shown = {"kind": "inspect", **asdict(result.fingerprint), "report": result.report, "run": result.run}
+    return {**shown, "train_job": write_job} if write_job is not None else shown
 
 
 def _run_job(verb: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -113,6 +137,8 @@ def _jsonable(value: Any) -> Any:
 
 def _as_text(result: dict[str, Any]) -> str:
     """The result for people: a table of metrics, then the rest line by line."""
+    if "findings" in result:
+        return _fingerprint_as_text(result)
     lines = []
     metrics: dict[str, float] = result.get("metrics", {})
     totals = {name: value for name, value in metrics.items() if "iou/" not in name and "dice/" not in name}
@@ -129,6 +155,27 @@ def _as_text(result: dict[str, Any]) -> str:
     rest = {key: value for key, value in result.items() if key != "metrics" and value not in (None, [])}
     lines += [""] * bool(metrics) + [f"{key}: {value}" for key, value in rest.items()]
     return "\n".join(lines)
+
+
+def _fingerprint_as_text(result: dict[str, Any]) -> str:
+    lines = []
+    for split in result["splits"]:
+        height, width = split["height"][1], split["width"][1]
+        lines.append(
+            f"{split['name']}: {split['num_usable']} usable samples of {split['num_samples']}, {width}x{height}"
+        )
+    for finding in result["findings"]:
+        shown = ", ".join(finding["sample_ids"][:4]) + (", ..." if len(finding["sample_ids"]) > 4 else "")
+        lines += ["", f"{finding['severity']} {finding['kind']}: {finding['message']}", f"  {shown}"]
+        lines.append(f"  mend: {finding['mend']}")
+    lines += [""] if result["findings"] else ["no findings"]
+    width = max(len(choice["key"]) for choice in result["advice"]["choices"])
+    for choice in result["advice"]["choices"]:
+        lines.append(f"{choice['key']:{width}}  {json.dumps(choice['value'])}  # {choice['reason']}")
+    lines += [f"# {remark}" for remark in result["advice"]["remarks"]]
+    return "\n".join(
+        [*lines, "", *(f"{key}: {result[key]}" for key in ("report", "run", "train_job") if key in result)]
+    )
 
 
 if __name__ == "__main__":

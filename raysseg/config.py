@@ -515,9 +515,7 @@ class InspectJob(BaseJob):
     task: Task = "semantic"
     classes: Classes | None = None
     """Default: the categories of the data set; where it names none, the ids that its masks hold."""
-    data: Annotated[
-        Annotated[AnySource, Tag("source")] | Annotated[Splits, Tag("splits")], Discriminator(_is_split)
-    ]
+    data: Annotated[Annotated[AnySource, Tag("source")] | Annotated[Splits, Tag("splits")], Discriminator(_is_split)]
     """A source, or `train` and `val`."""
     val: AnySource | None = None
     """A second source, which should share no image with `data`."""
@@ -627,6 +625,16 @@ def parse_as(job_class: type[AnyJob], raw: Mapping[str, Any], where: str = "job"
     except ValidationError as error:
         lines = _explained(error.errors(include_url=False), raw)
         raise JobError("\n".join(f"{where}: {line}" for line in lines)) from error
+
+
+def plain_inspect(images: str, masks: str, overrides: Sequence[str] = ()) -> Job:
+    """The job of `raysseg inspect IMAGES MASKS`: a classes.json in the folders above the masks is their class list."""
+    above = Path(storage.absolute(masks)).parent if not storage.is_remote(masks) else None
+    folders = [above, above.parent] if above is not None else []
+    listed = next((str(folder / "classes.json") for folder in folders if (folder / "classes.json").is_file()), None)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"inspect-{'-'.join(folder.name for folder in folders[::-1])}".strip("-"))
+    data = {"format": "masks", "images": images, "masks": masks}
+    return compose({"kind": "inspect", "name": name, "classes": listed, "data": data}, overrides, "inspect")
 
 
 def json_schema() -> dict[str, Any]:

@@ -2,52 +2,152 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
+from raysseg import storage
 from raysseg.config import InspectJob
 from raysseg.data import FORMATS, read_class_map
+from raysseg.data.classes import to_categories
+from raysseg.findings.advice import Advice, advise, to_train_job
 from raysseg.findings.facts import SampleFacts
 from raysseg.findings.kinds import Finding, to_findings
+from raysseg.findings.page import InspectPage, picked, render
+from raysseg.findings.pictures import Wanted, iter_shots
 from raysseg.findings.reading import Task, iter_share, open_index, sorted_facts, unpaired
 from raysseg.findings.rules import flag_all
 from raysseg.findings.summary import SplitFacts, summarise
+from raysseg.report import Picture
 from raysseg.runtime import num_shares, spread
-from raysseg.schema import ClassMap
+from raysseg.schema import ClassMap, InputError
 
 logger = logging.getLogger(__name__)
+
+_PROGRESS = 500  # samples between two lines of the log
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a data set is: fingerprint.json.
+
+    Attributes:
+        name: of the job.
+        task: that it is looked at for.
+        classes: its class list.
+        ignore_index: the id of pixels without a class.
+        splits: what each holds, the one for training first.
+        findings: what is wrong, the gravest first.
+        advice: what to do about it.
+    """
+
+    name: str
+    task: str
+    classes: list[dict[str, object]]
+    ignore_index: int
+    splits: list[SplitFacts]
+    findings: list[Finding]
+    advice: Advice
 
 
 @dataclass(frozen=True)
 class InspectResult:
-    """What `raysseg inspect` prints."""
+    """What `raysseg inspect` prints.
 
-    name: str
-    findings: list[Finding]
-    splits: list[SplitFacts]
+    Attributes:
+        fingerprint: of the data set.
+        train_job: a job file to train on it, YAML.
+        run: the folder of fingerprint.json.
+        report: the page.
+    """
+
+    fingerprint: Fingerprint
+    train_job: str
+    run: str
+    report: str
 
 
 def inspect(job: InspectJob) -> InspectResult:
-    """Looks at a data set."""
+    """Looks at every sample once, and writes fingerprint.json and the page to <storage>/<name>.
+
+    The same for any number of workers, to the byte: facts are sorted by their places before anything follows from them.
+
+    Raises:
+        InputError: a source or the class list can't be read at all; what is wrong with samples is a finding.
+        StorageError: a source can't be reached.
+    """
     indices = {name: open_index(source) for name, source in job.splits.items()}
-    source = next(iter(job.splits.values()))
-    has_words = job.classes is not None or FORMATS[source.format].read_vocabulary(source) is not None
-    classes = read_class_map(job.classes, source) if has_words else None
-    task = Task(indices, classes, num_shares(job.scaling))
-    facts = [sample for name, index in indices.items() for sample in unpaired(name, index)]
-    for part in spread(iter_share, task, range(task.num_shares), job.scaling):
-        facts += part
-    facts = sorted_facts(facts)
-    classes = classes or derive_classes(facts)
+    listed = _listed_classes(job)
+    task = Task(indices, listed, num_shares(job.scaling))
+    facts = _look(job, task)
+    classes = listed or derive_classes(facts)
     splits = {name: [sample for sample in facts if sample.split == name] for name in indices}
     findings = to_findings(flag_all(splits, classes), {name: len(part) for name, part in splits.items()})
-    return InspectResult(job.name, findings, [summarise(name, part, classes) for name, part in splits.items()])
+    summaries = [summarise(name, part, classes) for name, part in splits.items()]
+    advice = advise(summaries[0], findings)
+    categories = to_categories(classes)
+    fingerprint = Fingerprint(job.name, job.task, categories, classes.ignore_index, summaries, findings, advice)
+    pictures = _draw(job, replace(task, classes=classes), facts, findings)
+    page = InspectPage(job.name, job.task, classes, summaries, findings, advice, pictures)
+    report_uri = storage.join(job.run_uri, "report.html")
+    storage.write_text(storage.join(job.run_uri, "fingerprint.json"), json.dumps(asdict(fingerprint), indent=1))
+    storage.write_text(report_uri, render(page))
+    train_job = to_train_job(job, advice, _classes_to_train(job, listed, classes))
+    return InspectResult(fingerprint, train_job, job.run_uri, report_uri)
 
 
-def derive_classes(facts: list[SampleFacts]) -> ClassMap:
+def derive_classes(facts: Sequence[SampleFacts]) -> ClassMap:
     """The ids that label images hold as classes, 255 as ignored, where nobody says what they mean."""
     found = set(chain.from_iterable(sample.labels.ids.tolist() for sample in facts if sample.labels))
     ids = sorted(found - {255}) or [0]
     return replace(read_class_map([str(i) for i in ids]), ids=tuple(ids), ignore_index=255)
+
+
+def _listed_classes(job: InspectJob) -> ClassMap | None:
+    """The class list of the job or of the data set, None where neither has one."""
+    source = next(iter(job.splits.values()))
+    if job.classes is None and FORMATS[source.format].read_vocabulary(source) is None:
+        return None
+    return read_class_map(job.classes, source)
+
+
+def _look(job: InspectJob, task: Task) -> list[SampleFacts]:
+    """The facts of all samples, in the order of the splits' indices."""
+    facts = [sample for name, index in task.indices.items() for sample in unpaired(name, index)]
+    total, reported = sum(map(len, task.indices.values())), 0
+    for part in spread(iter_share, task, range(task.num_shares), job.scaling):
+        facts += part
+        if len(facts) - reported >= _PROGRESS:
+            reported = len(facts)
+            logger.info("inspect: %d of %d samples", len(facts), total)
+    if not total:
+        raise InputError("data: the source holds no sample; is it the right one?")
+    return sorted_facts(facts)
+
+
+def _draw(
+    job: InspectJob, task: Task, facts: Sequence[SampleFacts], findings: Sequence[Finding]
+) -> Mapping[tuple[int, str], Picture]:
+    """Pictures of some samples of each finding, by the finding's place and the sample's id."""
+    rows = {(sample.split, sample.sample_id): sample.row for sample in facts if sample.row >= 0}
+    wanted: dict[Wanted, list[tuple[int, str]]] = {}
+    for place, finding in enumerate(findings):
+        for i in picked(finding):
+            key = (finding.split, finding.sample_ids[i])
+            if key in rows:
+                item = Wanted(finding.split, rows[key], finding.segments[i])
+                wanted.setdefault(item, []).append((place, finding.sample_ids[i]))
+    shots = spread(iter_shots, task, [list(wanted)], job.scaling)
+    return {key: shot.picture for shot in shots for key in wanted[shot.wanted]}
+
+
+def _classes_to_train(job: InspectJob, listed: ClassMap | None, classes: ClassMap) -> str | Sequence[str] | None:
+    """The class list for a train job; one that nobody has written yet goes beside the fingerprint."""
+    if listed is not None:
+        return job.classes
+    uri = storage.join(job.run_uri, "classes.json")
+    content = {"classes": to_categories(classes), "ignore_index": classes.ignore_index}
+    storage.write_text(uri, json.dumps(content, indent=1))
+    return uri

@@ -29,10 +29,11 @@ Boxes = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong with one sample: the kind of finding, and what exactly."""
+    """Something wrong with one sample: the kind of finding, what exactly, and the segment that is meant, if any."""
 
     kind: str
     detail: str
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def to_facts(
             problems.append(Problem("unreadable", str(error)))
     labels, ids = None, None
     try:
-        ids = _to_id_map(sample, classes)
+        ids = to_id_map(sample, classes)
     except InputError as error:
         problems.append(_mask_problem(sample, error))
     if ids is not None:
@@ -174,13 +175,14 @@ def _box_problems(regions: Regions, boxes: Boxes | None) -> Iterator[Problem]:
         off = float(np.abs(np.array([x, y, x + width, y + height]) - true).max())
         larger = max(true[2] - true[0], true[3] - true[1])
         if off > max(_BOX_SLACK, _BOX_SHARE * larger):
-            yield Problem("box_mismatch", f"segment {int(region['number'])}: its box is {off:.0f} pixels off its mask")
+            number = int(region["number"])
+            yield Problem("box_mismatch", f"segment {number}: its box is {off:.0f} pixels off its mask", number)
 
 
 # --- labels -------------------------------------------------------------------------------------------------------
 
 
-def _to_id_map(sample: Sample, classes: ClassMap | None) -> masks.IdMap | None:
+def to_id_map(sample: Sample, classes: ClassMap | None) -> masks.IdMap | None:
     """Data-set ids, or numbers of segments; None where the sample has no labels."""
     if sample.segments is not None:
         return masks.to_numbers(sample)[0]

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
+_MOST_DETAILS = 4  # of a sample, that are spelt out
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
@@ -23,12 +24,13 @@ class Kind:
 
 @dataclass(frozen=True, order=True)
 class Flag:
-    """One sample, or the whole split (no sample id), that a rule points at."""
+    """A sample that a rule points at; `number` is the segment that is meant, from 1 on, 0 for none."""
 
     kind: str
     split: str
     sample_id: str
     detail: str
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Finding:
         kind: one of KINDS.
         severity: error: training stops or learns what is false; warning: probably wrong; note: worth a look.
         split: in which it is.
-        sample_ids: in the order of their names; empty where the split as a whole is meant.
-        details: what exactly, one for each sample, or one for the split.
+        sample_ids: in the order of their names.
+        details: what exactly, one for each sample.
+        segments: the numbers of the segments that are meant, from 1 on, for each sample; none for whole samples.
         message: a sentence.
         mend: what to do.
     """
@@ -50,6 +53,7 @@ class Finding:
     split: str
     sample_ids: tuple[str, ...]
     details: tuple[str, ...]
+    segments: tuple[tuple[int, ...], ...]
     message: str
     mend: str
 
@@ -170,16 +174,23 @@ def to_findings(flags: Iterable[Flag], num_samples: Mapping[str, int]) -> list[F
     """One finding a kind and split, the gravest first; samples by name."""
     findings = []
     for (kind, split), group in groupby(sorted(set(flags)), key=lambda flag: (flag.kind, flag.split)):
-        details: dict[str, list[str]] = {}
-        for flag in group:
-            details.setdefault(flag.sample_id, []).append(flag.detail)
+        by_sample = {key: list(own) for key, own in groupby(group, key=lambda flag: flag.sample_id)}
         about = KINDS[kind]
-        sample_ids = tuple(sample_id for sample_id in details if sample_id)
-        if sample_ids:
-            message = f"{len(sample_ids)} of {num_samples[split]} samples of {split} {about.message}"
-        else:
-            message = f"samples of {split} {about.message}"
-        shown = tuple("; ".join(texts[:4]) + ("; ..." if len(texts) > 4 else "") for texts in details.values())
-        findings.append(Finding(kind, about.severity, split, sample_ids, shown, message, about.mend))
+        findings.append(
+            Finding(
+                kind,
+                about.severity,
+                split,
+                tuple(by_sample),
+                tuple(_in_one(own) for own in by_sample.values()),
+                tuple(tuple(sorted({flag.number for flag in own} - {0})) for own in by_sample.values()),
+                f"{len(by_sample)} of {num_samples[split]} samples of {split} {about.message}",
+                about.mend,
+            )
+        )
     order = list(KINDS)
     return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), order.index(f.kind), f.split))
+
+
+def _in_one(flags: list[Flag]) -> str:
+    return "; ".join(flag.detail for flag in flags[:_MOST_DETAILS]) + ("; ..." if len(flags) > _MOST_DETAILS else "")

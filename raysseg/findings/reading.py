@@ -51,12 +51,12 @@ def iter_share(task: Task, share: int) -> Iterator[list[SampleFacts]]:
     """The facts of every so-manieth chunk; the next one is read meanwhile."""
     chunks = task.chunks[share :: task.num_shares]
 
-    def read(number: int) -> list[tuple[Sample, Boxes | None, list[Problem]]]:
+    def load(number: int) -> list[tuple[Sample, Boxes | None, list[Problem]]]:
         name, start = chunks[number]
         index = task.indices[name]
-        return _read(index.take(np.arange(start, min(start + ROWS, len(index)))))
+        return read(index.take(np.arange(start, min(start + ROWS, len(index)))))
 
-    for (name, start), samples in zip(chunks, read_ahead(read, range(len(chunks)), threads=1), strict=True):
+    for (name, start), samples in zip(chunks, read_ahead(load, range(len(chunks)), threads=1), strict=True):
         yield [
             to_facts(sample, name, start + place, task.classes, boxes, problems)
             for place, (sample, boxes, problems) in enumerate(samples)
@@ -71,10 +71,12 @@ def unpaired(name: str, index: SampleIndex) -> list[SampleFacts]:
     ]
 
 
-def _read(part: SampleIndex) -> list[tuple[Sample, Boxes | None, list[Problem]]]:
+def read(part: SampleIndex) -> list[tuple[Sample, Boxes | None, list[Problem]]]:
+    """Some samples, their boxes where the format has any, and what is wrong with reading them."""
     found = []
     for row, sample in enumerate(read_samples(part)):
-        single, problems = part.take(np.array([row])), []
+        single = part.take(np.array([row]))
+        problems: list[Problem] = []
         if isinstance(sample, Failure):
             single, sample, problems = _read_rest(single, sample)
         found.append((sample, _to_boxes(single.references), problems))

@@ -20,14 +20,18 @@ _CUSTOMARY_IGNORE = frozenset({0, 254, 255, 65535})
 _NEAR_BITS = 22  # of HASH_BITS that may differ between two versions of an image; others differ in half of them
 _BLOCK = 2048  # images compared with all others at once
 _SINGLE_SHARE = 0.1  # where more of the masks hold a single class, that is how the data are
-_SHIFT_GAIN = 1.5  # in spreads of the edges' strength over all places
+_SHIFT_GAIN = 1.4  # in spreads of the edges' strength over all places
 _SHIFT_LEAST = 3  # pixels; annotators are not more exact than that
-_FEWEST = 12  # regions of a class from which its own manner can be told
-_ROUGH_LEAST = 0.35
-_HOLES_LEAST = 4
-_FAR_LEAST = 0.3
+_LEAST_AREA = 200  # pixels: shapes of smaller regions are too coarse to judge
+_ROUGH_LEAST = 0.5
+_HOLES_LEAST = 4  # in an instance
+_HOLES_LEAST_OF_CLASS = 12  # in all that a label image holds of a class
+_FAR_LEAST = 0.24
 _CLUSTERS_LEAST = 3
-_NECK_MOST = 0.5
+_FEWEST = 12  # regions of a class from which its own manner can be told
+_COMPACT = 0.85  # typical solidity of a class whose instances have no necks
+_DENT = 0.08  # of solidity, that an instance lacks if it is two
+_NECK_MOST = 0.75
 
 
 def flag_all(splits: Mapping[str, Split], classes: ClassMap) -> Iterator[Flag]:
@@ -39,7 +43,10 @@ def flag_all(splits: Mapping[str, Split], classes: ClassMap) -> Iterator[Flag]:
     """
     for name, facts in splits.items():
         for sample in facts:
-            yield from (Flag(problem.kind, name, sample.sample_id, problem.detail) for problem in sample.problems)
+            yield from (
+                Flag(problem.kind, name, sample.sample_id, problem.detail, problem.number)
+                for problem in sample.problems
+            )
         yield from flag_ids(facts, classes)
         yield from flag_empty(facts, classes)
         yield from flag_duplicates(facts)
@@ -115,7 +122,9 @@ def flag_missing_classes(train: Split, other: Split, classes: ClassMap) -> Itera
     index_of = class_of_id(classes)
     have = {index_of.get(i) for sample in train if sample.labels for i in sample.labels.ids.tolist()}
     for sample in other:
-        lacked = sorted({index_of[i] for i in sample.labels.ids.tolist() if i in index_of} - have) if sample.labels else []
+        lacked = (
+            sorted({index_of[i] for i in sample.labels.ids.tolist() if i in index_of} - have) if sample.labels else []
+        )
         for index in lacked:
             yield Flag("missing_class", sample.split, sample.sample_id, f"holds {classes.names[index]}")
 
@@ -187,8 +196,8 @@ def _signs(facts: Split) -> npt.NDArray[np.float32]:
 def flag_shifts(facts: Split) -> Iterator[Flag]:
     """Labels that would lie on stronger edges if they were moved."""
     for sample in facts:
-        if sample.labels is None:
-            continue
+        if sample.labels is None or any(problem.kind == "exif_rotation" for problem in sample.problems):
+            continue  # turned images are named as such
         down, across, gain = sample.labels.shift
         if gain >= _SHIFT_GAIN and max(abs(down), abs(across)) >= _SHIFT_LEAST:
             vertical = f"{abs(down)} pixels {'down' if down > 0 else 'up'}"
@@ -212,27 +221,29 @@ def flag_shapes(facts: Split, classes: ClassMap) -> Iterator[Flag]:
             for row in rows[hits]:
                 sample, number = owners[owner[row]], int(regions["number"][row])
                 what = f"segment {number} ({name})" if number else name
-                yield Flag(kind, sample.split, sample.sample_id, f"{what} {text}")
+                yield Flag(kind, sample.split, sample.sample_id, f"{what} {text}", number)
 
 
 def _outliers(regions: Regions) -> Iterator[tuple[str, npt.NDArray[np.int64], str]]:
     """Places of the regions, all of one class, that each kind means."""
-    if len(regions) >= _FEWEST:
-        rough = regions["rough"] > np.maximum(_ROUGH_LEAST, _limit(regions["rough"], 8))
-        yield "holes_or_jagged", np.flatnonzero(rough), "is rougher than its class is elsewhere"
-        holed = regions["holes"] > np.maximum(_HOLES_LEAST, _limit(regions["holes"], 8))
-        yield "holes_or_jagged", np.flatnonzero(holed & ~rough), "has more small holes than its class has elsewhere"
-    scattered = (regions["clusters"] >= _CLUSTERS_LEAST) & (regions["far"] >= _FAR_LEAST)
+    is_large = regions["area"] >= _LEAST_AREA
+    rough = is_large & (regions["rough"] > _limit(regions["rough"], 2, _ROUGH_LEAST))
+    yield "holes_or_jagged", np.flatnonzero(rough), "has a far rougher outline than its class has elsewhere"
+    least = _HOLES_LEAST if regions["number"].any() else _HOLES_LEAST_OF_CLASS
+    holed = is_large & ~rough & (regions["holes"] > _limit(regions["holes"], 3, least))
+    yield "holes_or_jagged", np.flatnonzero(holed), "has far more small holes than its class has elsewhere"
+    scattered = is_large & (regions["clusters"] >= _CLUSTERS_LEAST) & (regions["far"] >= _FAR_LEAST)
     yield "scattered_instance", np.flatnonzero(scattered), "lies in pieces far apart"
-    merged = (regions["neck"] < _NECK_MOST) & ~scattered & (regions["solidity"] < 0.9)
-    if merged.mean() <= 0.25 or len(regions) < _FEWEST:
-        yield "merged_instances", np.flatnonzero(merged), "has a narrow neck between two parts"
+    typical = float(np.median(regions["solidity"]))
+    if typical >= _COMPACT and len(regions) >= _FEWEST:  # else necks are how the class looks
+        bent = regions["solidity"] < typical - _DENT
+        merged = is_large & ~scattered & bent & (regions["neck"] < _NECK_MOST)
+        yield "merged_instances", np.flatnonzero(merged), "has a neck between two parts, unlike its class elsewhere"
 
 
-def _limit(values: npt.NDArray[np.generic], spreads: float) -> float:
-    """The median and so many median absolute deviations above it."""
-    middle = np.median(values)
-    return float(middle + spreads * np.median(np.abs(values - middle)))
+def _limit(values: npt.NDArray[np.floating | np.integer], factor: float, least: float) -> float:
+    """So many times what all but a tenth of a class's regions keep to: up to that tenth may be spoilt."""
+    return max(least, factor * float(np.quantile(values, 0.9)))
 
 
 def count_modes(facts: Split) -> dict[str, int]:

@@ -30,7 +30,7 @@ REGION = np.dtype(
 """What is kept of a segment, or of all pixels of one id.
 
 number: of the segment, from 1 on; 0 for label images. box: x0, y0, x1, y1. width: of a typical stroke, in pixels.
-rough: pixels that smoothing turns over those of the smoothed outline. holes: small ones. clusters: groups of pieces
+rough: pixels that smoothing turns over those of the smoothed outline. holes: small, compact ones. clusters: groups of pieces
 with gaps between them; far: the share of the area outside of the largest. neck: how far the mask must be eroded, as a
 share of its half-width, to fall into two large parts; 1 where it does not. solidity: area over that of the convex hull.
 """
@@ -38,8 +38,8 @@ share of its half-width, to fall into two large parts; 1 where it does not. soli
 Regions = npt.NDArray[np.void]
 """(N,) of REGION."""
 
-_SMALL_HOLE = 40  # pixels; larger ones are more often true
-_SHIFT_SIDE = 640  # pixels: larger images are scaled down to look for a shift
+_SMALL_HOLE = (4, 40)  # pixels; smaller ones are specks that many masks have, larger ones are more often true
+_SHIFT_SIDE = 512  # pixels: larger images are scaled down to look for a shift
 _REACH = 14  # pixels to each side that a shift is looked for
 _MAX_PIECES = 60  # the largest ones, when pieces are grouped
 
@@ -79,14 +79,15 @@ def component_areas(mask: Bits) -> list[int]:
 
 
 def _roughness(crop: Bits) -> float:
-    smooth = cv2.medianBlur(crop, 5)
+    smooth = cv2.medianBlur(crop, 3)
     outline = cv2.morphologyEx(smooth, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
     return float(np.count_nonzero(smooth != crop) / (np.count_nonzero(outline) / 2 + 10))
 
 
 def _count_small_holes(crop: Bits) -> int:
-    areas = cv2.connectedComponentsWithStats(1 - crop, connectivity=4)[2][1:, cv2.CC_STAT_AREA]
-    return int((areas <= _SMALL_HOLE).sum())
+    _, _, width, height, area = cv2.connectedComponentsWithStats(1 - crop, connectivity=4)[2][1:].T
+    is_small = (area >= _SMALL_HOLE[0]) & (area <= _SMALL_HOLE[1])
+    return int((is_small & (2 * area >= width * height)).sum())  # compact: no slit
 
 
 def _group_pieces(crop: Bits, area: int) -> tuple[int, float]:
@@ -97,7 +98,7 @@ def _group_pieces(crop: Bits, area: int) -> tuple[int, float]:
         return 1, 0.0
     low, high = stats[:, :2], stats[:, :2] + stats[:, 2:4]
     gaps = np.maximum(low[:, None] - high[None], low[None] - high[:, None]).clip(0)  # (P, P, 2), boxes' gaps by axis
-    is_near = np.hypot(gaps[..., 0], gaps[..., 1]) <= max(4.0, 0.5 * np.sqrt(area))
+    is_near = np.hypot(gaps[..., 0], gaps[..., 1]) <= max(4.0, 0.4 * np.sqrt(area))
     for _ in range(int(np.ceil(np.log2(len(stats))))):
         is_near = (is_near.astype(np.float32) @ is_near.astype(np.float32)) > 0  # near by way of others
     groups = np.unique(is_near.argmax(axis=1), return_inverse=True)[1]
@@ -123,8 +124,10 @@ def _find_neck(depth: npt.NDArray[np.float32], area: int) -> float:
 
 
 def _solidity(crop: Bits, area: int) -> float:
-    points = cv2.findNonZero(crop)
-    return min(1.0, area / max(1.0, cv2.contourArea(cv2.convexHull(points)) + len(cv2.convexHull(points)) / 2))
+    outlines, _ = cv2.findContours(crop, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    hull = cv2.convexHull(np.concatenate(outlines))
+    # through the pixels' centres: half a pixel more on every side (Pick's theorem)
+    return min(1.0, area / (cv2.contourArea(hull) + cv2.arcLength(hull, True) / 2 + 1))
 
 
 def measure_shift(image: npt.NDArray[np.uint8], ids: IdMap, ignored: int) -> tuple[int, int, float]:
@@ -159,11 +162,14 @@ def measure_shift(image: npt.NDArray[np.uint8], ids: IdMap, ignored: int) -> tup
 
 
 def _edge_strength(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """The gradient's magnitude, (H, W), its strongest tenth cut so that a few hard edges don't decide."""
-    soft = cv2.GaussianBlur(image, (0, 0), 1.0).astype(np.float32)
-    across, down = (cv2.Sobel(soft, cv2.CV_32F, dx, dy).reshape(*image.shape) for dx, dy in ((1, 0), (0, 1)))
-    strength: npt.NDArray[np.float32] = np.sqrt(np.sqrt(across**2 + down**2).max(axis=2))
-    return np.minimum(strength, np.float32(np.quantile(strength, 0.97)))
+    """The gradient's magnitude, (H, W), its strongest parts cut so that a few hard edges don't decide."""
+    strength = np.zeros(image.shape[:2], np.float32)
+    for channel in cv2.split(cv2.GaussianBlur(image, (0, 0), 1.0)):
+        slope = cv2.magnitude(cv2.Sobel(channel, cv2.CV_32F, 1, 0), cv2.Sobel(channel, cv2.CV_32F, 0, 1))
+        strength = cv2.max(strength, slope)
+    strength = np.sqrt(strength)
+    capped: npt.NDArray[np.float32] = np.minimum(strength, np.float32(np.quantile(strength[::2, ::2], 0.97)))
+    return capped
 
 
 def _outline(ids: IdMap, ignored: int) -> npt.NDArray[np.float32]:

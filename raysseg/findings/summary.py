@@ -182,7 +182,7 @@ def _class_facts(
                 large=int((own >= medium).sum()),
                 width=width,
                 is_thin=width is not None and width < THIN,
-                is_tiny=0 < counts.pixels[i] < TINY * total,
+                is_tiny=bool(0 < counts.pixels[i] < TINY * total),
                 weights={scheme: _rounded(values[i]) for scheme, values in weights.items()},
             )
         )
@@ -203,7 +203,9 @@ def _class_pixels(labels: Labels, classes: ClassMap) -> npt.NDArray[np.int64]:
 
 def _widths(labels: Sequence[Labels], index_of: dict[int, int], num_classes: int) -> list[float | None]:
     """The median width of each class's regions."""
-    rows = [(index_of.get(int(r["class_id"]), -1), float(r["width"])) for part in labels for r in part.regions if r["area"]]
+    rows = [
+        (index_of.get(int(r["class_id"]), -1), float(r["width"])) for part in labels for r in part.regions if r["area"]
+    ]
     table = np.array(rows, np.float64).reshape(-1, 2)
     groups = [table[table[:, 0] == i, 1] for i in range(num_classes)]
     return [_rounded(float(np.median(group))) if len(group) else None for group in groups]

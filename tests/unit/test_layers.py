@@ -18,8 +18,8 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"data", "models", "metrics"},
     {"loop", "bundle"},
     {"checkpoint", "predictor", "report", "runtime"},
-    {"worker"},
-    {"evaluate", "shard"},
+    {"worker", "findings"},
+    {"evaluate", "shard", "fingerprint"},
     {"train"},
     {"cli"},
 ]
@@ -50,7 +50,8 @@ def test_imports_point_downwards(path: Path) -> None:
 
 
 def test_a_job_without_workers_never_loads_ray() -> None:
-    script = "import sys, raysseg.train, raysseg.evaluate, raysseg.shard; assert 'ray' not in sys.modules"
+    stages = "raysseg.train, raysseg.evaluate, raysseg.shard, raysseg.fingerprint"
+    script = f"import sys, {stages}; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

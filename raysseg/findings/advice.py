@@ -1,0 +1,227 @@
+"""What a data set holds -> what to do about it: keys of a train job, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from raysseg.config import AnySource, InspectJob
+from raysseg.findings.kinds import Finding
+from raysseg.findings.summary import COCO_SIDES, SplitFacts
+from raysseg.storage import is_remote
+
+Value = str | float | int | bool | None | list[int] | list[float] | list[str]
+Tree = Mapping[str, "Tree | Value"]
+
+_CROP = 512  # pixels: what most published recipes crop to
+_STEP = 32  # models' strides divide it
+_LARGE = 2048  # pixels of the longer side, beyond which halving pays
+_UNEVEN = 10.0  # ratio of the largest to the smallest class, from which weights help more than they harm
+_RARE = 0.02  # of the images: fewer hold the class
+_BLOCKING = frozenset({"missing_pair", "unreadable", "size_mismatch", "exif_rotation", "invalid_segmentation"})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A key of a train job, its value, and why."""
+
+    key: str
+    value: Value
+    reason: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about a data set.
+
+    Attributes:
+        choices: keys of a train job.
+        remarks: what no key says.
+    """
+
+    choices: list[Choice]
+    remarks: list[str]
+
+
+def advise(train: SplitFacts, findings: Sequence[Finding]) -> Advice:
+    """Advice for training on a split."""
+    choices = [
+        *_choose_size(train),
+        *_choose_crops(train),
+        *_choose_loss(train),
+        *_choose_metric(train),
+        *_choose_on_error(findings),
+    ]
+    return Advice(choices, list(_remarks(train, findings)))
+
+
+def to_fragment(choices: Sequence[Choice]) -> dict[str, Tree | Value]:
+    """Dotted keys as nested mappings."""
+    tree: dict[str, Tree | Value] = {}
+    for choice in choices:
+        _put(tree, choice.key, choice.value)
+    return tree
+
+
+def to_train_job(job: InspectJob, advice: Advice, classes: str | Sequence[str] | None) -> str:
+    """A complete train job as YAML, with the reasons as comments.
+
+    Args:
+        job: whose data are to be trained on.
+        advice: for them.
+        classes: the class list; None: the data set names its own.
+    """
+    sources = list(job.splits.values())
+    tree: dict[str, Tree | Value] = {"kind": "train", "name": f"{job.name}-segformer", "task": "semantic"}
+    comments = {choice.key: choice.reason for choice in advice.choices}
+    comments["kind"] = "Written by `raysseg inspect`; run it with `raysseg train`, change what you know better."
+    if classes is not None:
+        tree["classes"] = classes if isinstance(classes, str) else list(classes)
+    _put(tree, "data.train", _to_tree(sources[0]))
+    _put(tree, "data.val", _to_tree(sources[-1]))
+    if len(sources) == 1:
+        comments["data.val"] = "Replace it: these are the training samples, by which no model can be judged."
+    for choice in advice.choices:
+        _put(tree, choice.key, choice.value)
+    _put(tree, "model.name", "segformer-b0")
+    _put(tree, "model.weights", "nvidia/mit-b0")
+    comments["model"] = "Small and quick to start with; segformer-b2 and larger are better and slower."
+    if any(value not in (None, 0, 0.0) for value in job.scaling.model_dump(exclude_defaults=True).values()):
+        tree["scaling"] = job.scaling.model_dump(mode="json", exclude_defaults=True)
+    tree["storage"] = job.storage if is_remote(job.storage) else "runs"
+    remarks = "".join(f"# {remark}\n" for remark in advice.remarks)
+    return remarks + "\n".join(_lines(tree, comments)) + "\n"
+
+
+# --- choices ------------------------------------------------------------------------------------------------------
+
+
+def _choose_size(train: SplitFacts) -> Iterator[Choice]:
+    height, width = train.height[1], train.width[1]
+    thin = [found.name for found in train.classes if found.is_thin]
+    if thin:
+        yield Choice("data.size", None, f"Images stay as they are; scaled down, these would vanish: {_listed(thin)}.")
+    elif max(height, width) > _LARGE and not any(found.is_tiny for found in train.classes):
+        text = f"Images of {width}x{height} hold no thin or tiny class: half of the resolution is four times as fast."
+        yield Choice("data.size", [height // 2, width // 2], text)
+    else:
+        yield Choice("data.size", None, f"Images stay as they are: {width}x{height} (width x height) in the median.")
+
+
+def _choose_crops(train: SplitFacts) -> Iterator[Choice]:
+    sides = (train.height[1], train.width[1])
+    crop = [max(_STEP, min(_CROP, side // _STEP * _STEP)) for side in sides]
+    if crop == [_CROP, _CROP]:
+        text = f"{_CROP} pixels see enough around most things and fit {max(sides)} pixels of side several times over."
+    else:
+        text = f"The most of {sides[1]}x{sides[0]} images that {_STEP} divides, up to {_CROP}: little is padded."
+    yield Choice("data.crop", crop, text)
+    thin = [found.name for found in train.classes if found.is_thin]
+    if thin:
+        text = f"Never scaled down by much, for strokes of fewer than 4 pixels: {_listed(thin)}."
+        yield Choice("data.augment.scale", [0.75, 2.0], text)
+    tiny = [found.name for found in train.classes if found.is_tiny]
+    if tiny or train.dominant_share > 0.8:
+        why = f"Less than 0.5 % of the pixels: {_listed(tiny)}" if tiny else _dominance(train)
+        yield Choice("data.augment.min_object_share", 0.3, f"{why}; most crops would miss what matters.")
+
+
+def _choose_loss(train: SplitFacts) -> Iterator[Choice]:
+    present = [found for found in train.classes if found.pixels]
+    if len(present) < 2:
+        return
+    rarest, largest = min(present, key=lambda c: c.share), max(present, key=lambda c: c.share)
+    ratio = largest.share / max(rarest.share, 1e-12)
+    shown = f"{largest.name} has {ratio:,.0f} times the pixels of {rarest.name}"
+    if ratio >= _UNEVEN:
+        weights = [found.weights["median_frequency"] for found in present]
+        text = f"{shown}; weights will run from {min(weights):.2g} to {max(weights):.2g}."
+        yield Choice("loss.class_weights", "median_frequency", text)
+    else:
+        yield Choice("loss.class_weights", None, f"{shown}: even enough without weights.")
+    if train.dominant_share > 0.9 or any(found.is_tiny for found in present):
+        why = _dominance(train) if train.dominant_share > 0.9 else "some classes are tiny"
+        yield Choice("loss.dice", 1.0, f"Dice counts each class alike, whatever its size: {why}.")
+    elif train.dominant_share > 0.5:
+        yield Choice("loss.dice", 0.5, f"Dice helps the smaller classes: {_dominance(train)}.")
+    if train.dominant_share > 0.98:
+        yield Choice("loss.focal", 0.5, f"Easy pixels should weigh less: {_dominance(train)}.")
+
+
+def _choose_metric(train: SplitFacts) -> Iterator[Choice]:
+    present = [found for found in train.classes if found.pixels]
+    if len(present) == 2 and train.dominant_share > 0.7:
+        foreground = next(found.name for found in present if found.name != train.dominant)
+        text = f"The mean would be flattered by {train.dominant}: {foreground} is what matters."
+        yield Choice("checkpoint.metric", f"val/iou/{foreground}", text)
+    else:
+        text = "Each class counts alike; pixel accuracy would reward the large ones alone."
+        yield Choice("checkpoint.metric", "val/miou", text)
+
+
+def _choose_on_error(findings: Sequence[Finding]) -> Iterator[Choice]:
+    broken = {f"{f.split}/{i}" for f in findings if f.kind in _BLOCKING for i in f.sample_ids}
+    if broken:
+        text = f"{len(broken)} samples can't be used as they are; skipped.json will list them. Better: mend them."
+        yield Choice("data.on_error", "skip", text)
+
+
+def _remarks(train: SplitFacts, findings: Sequence[Finding]) -> Iterator[str]:
+    yield train.verdict + "."
+    rare = [found for found in train.classes if 0 < found.images < _RARE * train.num_samples]
+    if rare:
+        shown = _listed([f"{found.name} ({found.images} images)" for found in rare])
+        yield f"Draw samples of these more often, or collect more: {shown}."
+    absent = [found.name for found in train.classes if not found.pixels]
+    if absent:
+        yield f"No pixel of {_listed(absent)}: nothing can be learnt of them here."
+    small = sum(found.small for found in train.classes)
+    total = sum(found.instances for found in train.classes)
+    if total and small > 0.5 * total:
+        side = COCO_SIDES[0]
+        yield f"{small / total:.0%} of the instances are smaller than {side}x{side} pixels: keep the resolution."
+    errors = [f.kind for f in findings if f.severity == "error"]
+    if errors:
+        yield f"Mend the errors first: {_listed(sorted(set(errors)))}."
+
+
+def _dominance(train: SplitFacts) -> str:
+    return f"{train.dominant} fills {train.dominant_share:.0%} of the labelled pixels"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------------
+
+
+def _to_tree(source: AnySource) -> Tree:
+    values = source.model_dump(mode="json", exclude_defaults=True, exclude={"on_error"})
+    instances = source.format in ("coco", "yolo") and source.background is None
+    return {"format": source.format, **values} | ({"background": "background"} if instances else {})
+
+
+def _put(tree: dict[str, Tree | Value], key: str, value: Tree | Value) -> None:
+    first, _, rest = key.partition(".")
+    if not rest:
+        tree[first] = value
+        return
+    branch = tree.setdefault(first, {})
+    assert isinstance(branch, dict), f"{key} lies below a value"
+    _put(branch, rest, value)
+
+
+def _lines(tree: Tree, comments: Mapping[str, str], path: str = "", indent: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        key = f"{path}{name}"
+        if key in comments:
+            yield f"{indent}# {comments[key]}"
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}:"
+            yield from _lines(value, comments, f"{key}.", f"{indent}  ")
+        else:
+            shown = yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()
+            yield f"{indent}{name}: {shown[1:-1]}"  # in a list, so that YAML adds no end of document
