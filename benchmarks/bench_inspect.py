@@ -479,7 +479,7 @@ def plant(copy: Copy, kinds: Mapping[str, Fault], number: int, rng: Rng) -> list
 
 def flags_of(copy: Copy) -> Flags:
     found: Flags = {}
-    for finding in inspect(copy.job()).findings:
+    for finding in inspect(copy.job()).fingerprint.findings:
         found.setdefault(finding.kind, set()).update(f"{finding.split}/{i}" for i in finding.sample_ids)
     return found
 

@@ -156,10 +156,10 @@ KINDS: Mapping[str, Kind] = {
         "smooth or redraw it; store masks without lossy compression and resize without interpolation",
     ),
     "merged_instances": Kind(
-        "warning",
+        "note",  # shape alone tells few of them, and flags many that are whole
         "Several things in one instance",
         "have an instance that looks like two that touch",
-        "cut it in two",
+        "look at it, and cut it in two if it is two",
     ),
     "scattered_instance": Kind(
         "warning",

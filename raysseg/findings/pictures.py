@@ -53,7 +53,10 @@ def draw(sample: Sample, classes: ClassMap, segments: Sequence[int]) -> Pixels |
     size = picture_size(*(ids.shape[:2] if image is None else image.shape[:2]))
     base = np.full((size[1], size[0], 3), 127, np.uint8) if image is None else _fitted(image, size)
     numbers = resize_labels(ids, size)
-    painted = outline(paint_labels(base, _to_classes(numbers, sample, classes), classes).astype(np.float64), numbers)
+    painted = paint_labels(base, _to_classes(numbers, sample, classes), classes)
+    if sample.segments is not None:  # what lies between segments is not wrong: it shows as it is
+        painted = np.where(numbers[..., None] > 0, painted, base)
+    painted = outline(painted.astype(np.float64), numbers)
     for number in segments:
         x, y, width, height = cv2.boundingRect((numbers == number).view(np.uint8))
         if width:

@@ -25,13 +25,13 @@ _SHIFT_LEAST = 3  # pixels; annotators are not more exact than that
 _LEAST_AREA = 200  # pixels: shapes of smaller regions are too coarse to judge
 _ROUGH_LEAST = 0.5
 _HOLES_LEAST = 4  # in an instance
-_HOLES_LEAST_OF_CLASS = 12  # in all that a label image holds of a class
+_HOLES_LEAST_OF_CLASS = 15  # in all that a label image holds of a class
 _FAR_LEAST = 0.24
 _CLUSTERS_LEAST = 3
 _FEWEST = 12  # regions of a class from which its own manner can be told
 _COMPACT = 0.85  # typical solidity of a class whose instances have no necks
-_DENT = 0.08  # of solidity, that an instance lacks if it is two
-_NECK_MOST = 0.75
+_DENT = 0.12  # of solidity, that an instance lacks if it is two
+_NECK_MOST = 0.6
 
 
 def flag_all(splits: Mapping[str, Split], classes: ClassMap) -> Iterator[Flag]:
@@ -217,20 +217,21 @@ def flag_shapes(facts: Split, classes: ClassMap) -> Iterator[Flag]:
     for class_id in np.unique(regions["class_id"][usable]).tolist():
         rows = np.flatnonzero(usable & (regions["class_id"] == class_id))
         name = classes.names[index_of[class_id]] if class_id in index_of else f"id {class_id}"
-        for kind, hits, text in _outliers(regions[rows]):
+        manner = regions[rows if len(rows) >= _FEWEST else usable]  # a few don't show how their class looks
+        for kind, hits, text in _outliers(regions[rows], manner):
             for row in rows[hits]:
                 sample, number = owners[owner[row]], int(regions["number"][row])
                 what = f"segment {number} ({name})" if number else name
                 yield Flag(kind, sample.split, sample.sample_id, f"{what} {text}", number)
 
 
-def _outliers(regions: Regions) -> Iterator[tuple[str, npt.NDArray[np.int64], str]]:
-    """Places of the regions, all of one class, that each kind means."""
+def _outliers(regions: Regions, manner: Regions) -> Iterator[tuple[str, npt.NDArray[np.int64], str]]:
+    """Places of the regions, all of one class, that each kind means; `manner` is what they are held against."""
     is_large = regions["area"] >= _LEAST_AREA
-    rough = is_large & (regions["rough"] > _limit(regions["rough"], 2, _ROUGH_LEAST))
+    rough = is_large & (regions["rough"] > _limit(manner["rough"], 2, _ROUGH_LEAST))
     yield "holes_or_jagged", np.flatnonzero(rough), "has a far rougher outline than its class has elsewhere"
     least = _HOLES_LEAST if regions["number"].any() else _HOLES_LEAST_OF_CLASS
-    holed = is_large & ~rough & (regions["holes"] > _limit(regions["holes"], 3, least))
+    holed = is_large & ~rough & (regions["holes"] > _limit(manner["holes"], 3, least))
     yield "holes_or_jagged", np.flatnonzero(holed), "has far more small holes than its class has elsewhere"
     scattered = is_large & (regions["clusters"] >= _CLUSTERS_LEAST) & (regions["far"] >= _FAR_LEAST)
     yield "scattered_instance", np.flatnonzero(scattered), "lies in pieces far apart"
@@ -242,7 +243,7 @@ def _outliers(regions: Regions) -> Iterator[tuple[str, npt.NDArray[np.int64], st
 
 
 def _limit(values: npt.NDArray[np.floating | np.integer], factor: float, least: float) -> float:
-    """So many times what all but a tenth of a class's regions keep to: up to that tenth may be spoilt."""
+    """So many times what all but a tenth of the regions keep to: up to that tenth may be spoilt."""
     return max(least, factor * float(np.quantile(values, 0.9)))
 
 

@@ -30,9 +30,9 @@ REGION = np.dtype(
 """What is kept of a segment, or of all pixels of one id.
 
 number: of the segment, from 1 on; 0 for label images. box: x0, y0, x1, y1. width: of a typical stroke, in pixels.
-rough: pixels that smoothing turns over those of the smoothed outline. holes: small, compact ones. clusters: groups of pieces
-with gaps between them; far: the share of the area outside of the largest. neck: how far the mask must be eroded, as a
-share of its half-width, to fall into two large parts; 1 where it does not. solidity: area over that of the convex hull.
+rough: pixels that smoothing turns over those of the smoothed outline. holes: small, compact ones. clusters: groups of
+pieces with gaps between them; far: the share of the area outside of the largest. neck: how far the mask must be eroded,
+as a share of its half-width, to fall into two large parts; 1 where it does not. solidity: area over that of the hull.
 """
 
 Regions = npt.NDArray[np.void]
@@ -98,7 +98,7 @@ def _group_pieces(crop: Bits, area: int) -> tuple[int, float]:
         return 1, 0.0
     low, high = stats[:, :2], stats[:, :2] + stats[:, 2:4]
     gaps = np.maximum(low[:, None] - high[None], low[None] - high[:, None]).clip(0)  # (P, P, 2), boxes' gaps by axis
-    is_near = np.hypot(gaps[..., 0], gaps[..., 1]) <= max(4.0, 0.4 * np.sqrt(area))
+    is_near = np.hypot(gaps[..., 0], gaps[..., 1]) <= max(6.0, 0.55 * np.sqrt(area))
     for _ in range(int(np.ceil(np.log2(len(stats))))):
         is_near = (is_near.astype(np.float32) @ is_near.astype(np.float32)) > 0  # near by way of others
     groups = np.unique(is_near.argmax(axis=1), return_inverse=True)[1]
@@ -152,7 +152,7 @@ def measure_shift(image: npt.NDArray[np.uint8], ids: IdMap, ignored: int) -> tup
     edges = _edge_strength(image)
     outline = _outline(ids, ignored)
     inner = outline[_REACH:-_REACH, _REACH:-_REACH]
-    if (num := int(inner.sum())) < 100:
+    if (num := int(inner.sum())) < 200 or not edges.any():
         return 0, 0, 0.0
     energy = cv2.matchTemplate(edges, inner, cv2.TM_CCORR) / num  # (2 * _REACH + 1, same)
     best = np.unravel_index(int(energy.argmax()), energy.shape)
@@ -173,6 +173,7 @@ def _edge_strength(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 
 
 def _outline(ids: IdMap, ignored: int) -> npt.NDArray[np.float32]:
+    """Pixels on both sides of boundaries, (H, W)."""
     outline = np.zeros(ids.shape, np.float32)
     known = ids != ignored
     sides = ids[:, 1:] != ids[:, :-1]
@@ -181,5 +182,7 @@ def _outline(ids: IdMap, ignored: int) -> npt.NDArray[np.float32]:
         sides &= known[:, 1:] & known[:, :-1]
         tops &= known[1:] & known[:-1]
     outline[:, 1:] += sides
+    outline[:, :-1] += sides
     outline[1:] += tops
+    outline[:-1] += tops
     return np.minimum(outline, 1)
