@@ -123,7 +123,7 @@ def _choose_crops(train: SplitFacts) -> Iterator[Choice]:
         text = f"Never scaled down by much, for strokes of fewer than 4 pixels: {_listed(thin)}."
         yield Choice("data.augment.scale", [0.75, 2.0], text)
     tiny = [found.name for found in train.classes if found.is_tiny]
-    if tiny or train.dominant_share > 0.8:
+    if tiny or 0.8 < train.dominant_share < 1:
         why = f"Less than 0.5 % of the pixels: {_listed(tiny)}" if tiny else _dominance(train)
         yield Choice("data.augment.min_object_share", 0.3, f"{why}; most crops would miss what matters.")
 

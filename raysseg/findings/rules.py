@@ -22,6 +22,7 @@ _BLOCK = 2048  # images compared with all others at once
 _SINGLE_SHARE = 0.1  # where more of the masks hold a single class, that is how the data are
 _SHIFT_GAIN = 1.4  # in spreads of the edges' strength over all places
 _SHIFT_LEAST = 3  # pixels; annotators are not more exact than that
+_OF_THINGS = frozenset({"merged_instances", "scattered_instance"})  # stuff lies in pieces as it likes
 _LEAST_AREA = 200  # pixels: shapes of smaller regions are too coarse to judge
 _ROUGH_LEAST = 0.5
 _HOLES_LEAST = 4  # in an instance
@@ -218,7 +219,10 @@ def flag_shapes(facts: Split, classes: ClassMap) -> Iterator[Flag]:
         rows = np.flatnonzero(usable & (regions["class_id"] == class_id))
         name = classes.names[index_of[class_id]] if class_id in index_of else f"id {class_id}"
         manner = regions[rows if len(rows) >= _FEWEST else usable]  # a few don't show how their class looks
+        is_thing = class_id in index_of and classes.things[index_of[class_id]]
         for kind, hits, text in _outliers(regions[rows], manner):
+            if kind in _OF_THINGS and not is_thing:
+                continue
             for row in rows[hits]:
                 sample, number = owners[owner[row]], int(regions["number"][row])
                 what = f"segment {number} ({name})" if number else name
