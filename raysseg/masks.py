@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
 from tokenize import TokenError
 from zipfile import BadZipFile
 
@@ -315,12 +314,10 @@ def to_ids(labels: IdMap, classes: ClassMap) -> IdMap:
 @lru_cache(maxsize=8)
 def _index_table(classes: ClassMap) -> tuple[IdMap, npt.NDArray[np.bool_]]:
     """For each id 0 to 65535 its class index, and whether the class list knows it."""
-    sources = classes.sources or [(class_id,) for class_id in classes.ids]
     table = np.full(65536, classes.ignore, classes.dtype)
-    for index, ids in enumerate(sources):
-        table[list(ids)] = index
+    table[list(classes.index_of)] = list(classes.index_of.values())
     is_known = np.zeros(65536, np.bool_)
-    is_known[[*chain.from_iterable(sources), *classes.dropped, classes.ignore_index]] = True
+    is_known[[*classes.index_of, *classes.dropped, classes.ignore_index]] = True
     return table, is_known
 
 

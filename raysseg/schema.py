@@ -58,6 +58,12 @@ class ClassMap:
         return int(np.iinfo(self.dtype).max)
 
     @cached_property
+    def index_of(self) -> dict[int, int]:
+        """The index of each data-set id that is read as a class."""
+        sources = self.sources or tuple((class_id,) for class_id in self.ids)
+        return {class_id: index for index, ids in enumerate(sources) for class_id in ids}
+
+    @cached_property
     def palette(self) -> npt.NDArray[np.uint8]:
         """Colours by index, (C, 3)."""
         return np.array(self.colours, dtype=np.uint8).reshape(-1, 3)

@@ -12,7 +12,6 @@ from raysseg import masks
 from raysseg.data.batches import Pixels, decode_image
 from raysseg.findings.facts import to_id_map
 from raysseg.findings.reading import Task, read
-from raysseg.findings.rules import class_of_id
 from raysseg.report import Labels, Picture, outline, paint_labels, picture_size, resize_labels, to_data_uri
 from raysseg.schema import ClassMap, InputError, Sample
 
@@ -84,7 +83,7 @@ def _fitted(image: Pixels, size: tuple[int, int]) -> Pixels:
 
 def _to_classes(ids: Labels, sample: Sample, classes: ClassMap) -> Labels:
     """Class indices, of ids or of numbers of segments; what has no class is ignored."""
-    index_of = class_of_id(classes)
+    index_of = classes.index_of
     table = np.full(65536, classes.ignore, classes.dtype)
     if sample.segments is None:
         table[list(index_of)] = list(index_of.values())

@@ -61,13 +61,7 @@ def flag_all(splits: Mapping[str, Split], classes: ClassMap) -> Iterator[Flag]:
 
 def known_ids(classes: ClassMap) -> frozenset[int]:
     """All ids that the class list has a meaning for."""
-    return frozenset([*classes.ids, *chain.from_iterable(classes.aliases), *classes.dropped, classes.ignore_index])
-
-
-def class_of_id(classes: ClassMap) -> dict[int, int]:
-    """The class index of each id that stands for a class."""
-    aliases = classes.aliases or ((),) * len(classes)
-    return {i: index for index, own in enumerate(classes.ids) for i in (own, *aliases[index])}
+    return frozenset([*classes.index_of, *classes.dropped, classes.ignore_index])
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------
@@ -75,7 +69,7 @@ def class_of_id(classes: ClassMap) -> dict[int, int]:
 
 def flag_ids(facts: Split, classes: ClassMap) -> Iterator[Flag]:
     """Ids that the class list lacks: binary masks, another ignore index, or plainly wrong."""
-    known, index_of = known_ids(classes), class_of_id(classes)
+    known, index_of = known_ids(classes), classes.index_of
     all_ids = set(chain.from_iterable(sample.labels.ids.tolist() for sample in facts if sample.labels))
     is_binary = {0, 255} == all_ids and not {0, 255} <= index_of.keys()
     for sample in facts:
@@ -96,7 +90,7 @@ def flag_ids(facts: Split, classes: ClassMap) -> Iterator[Flag]:
 
 def flag_empty(facts: Split, classes: ClassMap) -> Iterator[Flag]:
     """Samples without a labelled pixel, without content, or of a single class where others hold several."""
-    index_of, known = class_of_id(classes), known_ids(classes)
+    index_of, known = classes.index_of, known_ids(classes)
     labelled = [sample for sample in facts if sample.labels]
     singles = []
     for sample in labelled:
@@ -120,7 +114,7 @@ def flag_empty(facts: Split, classes: ClassMap) -> Iterator[Flag]:
 
 def flag_missing_classes(train: Split, other: Split, classes: ClassMap) -> Iterator[Flag]:
     """Samples of classes of which train has none."""
-    index_of = class_of_id(classes)
+    index_of = classes.index_of
     have = {index_of.get(i) for sample in train if sample.labels for i in sample.labels.ids.tolist()}
     for sample in other:
         lacked = (
@@ -131,7 +125,7 @@ def flag_missing_classes(train: Split, other: Split, classes: ClassMap) -> Itera
 
 
 def _names(sample: SampleFacts, classes: ClassMap) -> str:
-    index_of = class_of_id(classes)
+    index_of = classes.index_of
     assert sample.labels is not None
     return ", ".join(classes.names[index_of[i]] for i in sample.labels.ids.tolist() if i in index_of) or "ignored"
 
@@ -208,7 +202,7 @@ def flag_shifts(facts: Split) -> Iterator[Flag]:
 
 def flag_shapes(facts: Split, classes: ClassMap) -> Iterator[Flag]:
     """Regions that are unlike the others of their class: rough, holed, merged or scattered."""
-    index_of = class_of_id(classes)
+    index_of = classes.index_of
     owners = [sample for sample in facts if sample.labels is not None and len(sample.labels.regions)]
     if not owners:
         return

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from raysseg.config import ClassWeightScheme
 from raysseg.findings.facts import Labels, SampleFacts
-from raysseg.findings.rules import class_of_id, count_modes
+from raysseg.findings.rules import count_modes
 from raysseg.losses import ClassPixels, balance
 from raysseg.schema import ClassMap
 
@@ -114,7 +114,7 @@ def summarise(name: str, facts: Sequence[SampleFacts], classes: ClassMap) -> Spl
         ignored,
         len(labels),
     )
-    index_of = class_of_id(classes)
+    index_of = classes.index_of
     components = _concatenated([part.components for part in labels])
     owners = np.array([index_of.get(i, -1) for i in components[:, 0].tolist()], np.int64)
     areas = components[owners >= 0, 1]
@@ -192,7 +192,7 @@ def _class_facts(
 def _class_pixels(labels: Labels, classes: ClassMap) -> npt.NDArray[np.int64]:
     """(C,) pixels of each class; what no segment covers has the class that the source's background names."""
     pixels = np.zeros(len(classes), np.int64)
-    index_of = class_of_id(classes)
+    index_of = classes.index_of
     for class_id, number in zip(labels.ids.tolist(), labels.pixels.tolist(), strict=True):
         if class_id in index_of:
             pixels[index_of[class_id]] += number
