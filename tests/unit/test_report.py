@@ -354,7 +354,7 @@ def test_a_browser_shows_the_page_without_complaint(tmp_path: Path, rendered: di
         [chromium, *flags.split(), f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/page.html"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,  # its first start reads hundreds of megabytes
         check=True,
     )
     assert "CONSOLE" not in done.stderr
