@@ -116,7 +116,10 @@ def hold_coco(path: Path, connection: Connection) -> None:
 
 
 def measure_peer(path: Path, num_readers: int) -> tuple[int, float]:
-    """Bytes above empty readers, and seconds from the file to the first batch of all."""
+    """Bytes above empty readers, and seconds from the file to the first batch of one.
+
+    They load one after another: what each needs beside the object while it loads would not fit four times.
+    """
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(num_readers)]
     readers = [context.Process(target=hold_coco, args=(path, theirs)) for _, theirs in ends]
@@ -126,11 +129,11 @@ def measure_peer(path: Path, num_readers: int) -> tuple[int, float]:
     processes = [reader.pid for reader in readers if reader.pid]
     before = pss(processes)
     started = time.perf_counter()
-    for ours, _ in ends:
+    for ours, theirs in ends:
+        theirs.close()  # so that a reader's death ends the wait
         ours.send("go")
-    for ours, _ in ends:
         ours.recv()
-    seconds = time.perf_counter() - started
+    seconds = (time.perf_counter() - started) / num_readers
     held = pss(processes) - before
     for (ours, _), reader in zip(ends, readers, strict=True):
         ours.send("stop")
