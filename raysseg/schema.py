@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -62,6 +62,11 @@ class ClassMap:
         """The index of each data-set id that is read as a class."""
         sources = self.sources or tuple((class_id,) for class_id in self.ids)
         return {class_id: index for index, ids in enumerate(sources) for class_id in ids}
+
+    @property
+    def at_rest(self) -> ClassMap:
+        """The class list of what is written by this one: each class is its own id, and nothing is dropped any more."""
+        return replace(self, sources=(), dropped=())
 
     @cached_property
     def palette(self) -> npt.NDArray[np.uint8]:

@@ -100,7 +100,7 @@ def shard(job: ShardJob) -> ShardResult:
     if lost:
         storage.write_text(storage.join(uri, "lost.json"), json.dumps([asdict(loss) for loss in lost], indent=2))
         logger.warning("%s can't hold all of %d samples; lost.json says what", job.output.format, len(lost))
-    writer.finish(uri, table, plan.classes)
+    writer.finish(uri, table, plan.classes.at_rest)
     storage.delete_folder(storage.join(uri, _PARTS))
     return ShardResult(job.name, uri, job.output.format, len(table), len(failures), len(lost))
 
@@ -119,7 +119,7 @@ def _write_part(plan: _Plan, number: int) -> Iterator[_Part]:
                 raise
             failures.append(Failure(sample.sample_id, str(error)))
     write = WRITERS[output.format].write_part
-    written = write(output.uri, number, samples, plan.classes, rows_per_group=output.rows_per_group)
+    written = write(output.uri, number, samples, plan.classes.at_rest, rows_per_group=output.rows_per_group)
     part = _Part(number, written.rows, failures, list(written.lost))
     _save_part(plan, part)
     yield part

@@ -576,6 +576,28 @@ def test_classes_apply_when_converting(tmp_path: Path) -> None:
     assert classes_of(coco_source(tmp_path / "out"), classes).names == ("pet",)
 
 
+@pytest.mark.parametrize("to", ["masks", "coco_panoptic"])
+def test_merged_classes_are_written_by_their_own_ids(to: str, example: Path, tmp_path: Path) -> None:
+    """Ids that are read and the id that is written may differ; so may those of another class."""
+    whole = EXAMPLE_CLASSES
+    merged = [{"id": whole.ids[1], "name": "any", "from": list(whole.ids[2:])}, {"id": 77, "name": whole.names[0]}]
+    for source in (MasksSource(masks=str(example / "masks"), images=str(example / "images")), panoptic_source(example)):
+        given = [{**merged[1], "from": [whole.ids[0]]}, merged[0]]
+        classes = write_list(tmp_path, classes=given, dropped=[whole.ids[1]])
+        out = tmp_path / source.format
+        convert(source, out, to, classes=classes)
+        written: AnySource = MasksSource(masks=f"{out}/masks")
+        listed = f"{out}/classes.json"
+        if to == "coco_panoptic":
+            written = panoptic_source(out).model_copy(update={"annotations": f"{out}/annotations.json"})
+        at_rest = classes_of(written, listed if to == "masks" else None)
+        assert at_rest.ids == (77, whole.ids[1])
+        for one, two in zip(samples_of(written), samples_of(source), strict=True):
+            truth = masks.to_dense(two, classes_of(source, classes)).labels
+            assert np.array_equal(masks.to_dense(one, at_rest).labels, truth)
+            assert {0, 1, 255} == set(np.unique(truth))
+
+
 def test_conversion_goes_on_where_it_stopped(example: Path, tmp_path: Path) -> None:
     source, out = panoptic_source(example), tmp_path / "out"
     damaged = tmp_path / "damaged"
