@@ -11,7 +11,7 @@ from itertools import chain
 from raysseg import storage
 from raysseg.config import InspectJob
 from raysseg.data import FORMATS, read_class_map
-from raysseg.data.classes import to_categories
+from raysseg.data.classes import to_categories, to_class_list
 from raysseg.findings.advice import Advice, advise, to_train_job
 from raysseg.findings.facts import SampleFacts
 from raysseg.findings.kinds import Finding, to_findings
@@ -148,6 +148,5 @@ def _classes_to_train(job: InspectJob, listed: ClassMap | None, classes: ClassMa
     if listed is not None:
         return job.classes
     uri = storage.join(job.run_uri, "classes.json")
-    content = {"classes": to_categories(classes), "ignore_index": classes.ignore_index}
-    storage.write_text(uri, json.dumps(content, indent=1))
+    storage.write_text(uri, json.dumps(to_class_list(classes), indent=1))
     return uri

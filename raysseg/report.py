@@ -133,8 +133,8 @@ class ExampleView(NamedTuple):
     legend: dict[int, float]
 
 
-def render(page: ReportPage) -> str:
-    """The page as one HTML file that loads nothing from outside."""
+def open_template(name: str) -> jinja2.Template:
+    """A page's layout, with the filters that pages have."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raysseg"),
         autoescape=True,
@@ -143,10 +143,15 @@ def render(page: ReportPage) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": to_figure, "percent": to_percent, "count": to_count, "label": to_label}
+    return environment.get_template(name)
+
+
+def render(page: ReportPage) -> str:
+    """The page as one HTML file that loads nothing from outside."""
     means = [name for name in page.metrics if "/" not in name]
     headline = HEADLINES[page.task] if HEADLINES[page.task] in means or not means else means[0]
     has_matrix = page.confusion is not None and len(page.classes) <= MATRIX_CLASSES
-    return environment.get_template("report.html.j2").render(
+    return open_template("report.html.j2").render(
         page=page,
         headline=headline,
         figures=[name for name in means if name != headline],

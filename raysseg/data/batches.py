@@ -20,6 +20,7 @@ from raysseg.config import AnySource, Augment, TrainJob
 from raysseg.config import Batch as BatchConfig
 from raysseg.data import read_samples
 from raysseg.data.augment import augment, resize, seeded_rng
+from raysseg.data.files import IMAGE_FORMATS, read_head
 from raysseg.data.index import Failure, SampleIndex
 from raysseg.data.sampling import Factors, Order, epoch_order, num_positions, num_windows
 from raysseg.ledger import Ledger, deal
@@ -31,8 +32,6 @@ Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 CHUNK_ROWS = 32  # samples that a worker's loader reads at least in one go
-_ORIENTATION = 0x0112  # EXIF's
-IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def decode_image(data: bytes) -> Pixels:
 def _is_plain_jpeg(file: Image.Image, data: bytes) -> bool:
     """Whether cv2 may decode it: it knows no CMYK, and takes a truncated file for a whole one."""
     is_whole = data.rstrip(b"\0").endswith(b"\xff\xd9")
-    return file.format == "JPEG" and file.mode in ("RGB", "L") and is_whole and file.getexif().get(_ORIENTATION, 1) == 1
+    return file.format == "JPEG" and file.mode in ("RGB", "L") and is_whole and read_head(file).orientation == 1
 
 
 def _decode_jpeg(data: bytes) -> Pixels:

@@ -114,6 +114,11 @@ def to_categories(classes: ClassMap, colour: str = "colour") -> list[dict[str, A
     ]
 
 
+def to_class_list(classes: ClassMap) -> dict[str, Any]:
+    """What a file holds that `classes` may name."""
+    return {"classes": to_categories(classes), "ignore_index": classes.ignore_index}
+
+
 def preset_uri(name: str) -> str:
     """Where a class list that is shipped lies."""
     return str(resources.files("raysseg.data").joinpath(f"class_lists/{name}.json"))

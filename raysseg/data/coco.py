@@ -6,7 +6,7 @@ column that Ray's object store holds once a node; it becomes RLE when its sample
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -86,7 +86,7 @@ class _CompressedRle(msgspec.Struct):
 
 def read_vocabulary(source: CocoSource) -> Vocabulary:
     """The categories of the annotations file."""
-    return to_vocabulary(read_json(source.annotations, _Categories).categories)
+    return read_categories(source.annotations)
 
 
 def read_index(source: CocoSource) -> SampleIndex:
@@ -261,8 +261,9 @@ def read_json(uri: str, kind: type[T]) -> T:
         raise InputError(f"{uri}: not the COCO file that it should be: {error}") from error
 
 
-def to_vocabulary(categories: Iterable[CocoCategory]) -> Vocabulary:
-    """COCO's categories."""
+def read_categories(uri: str) -> Vocabulary:
+    """COCO's categories of an annotations file."""
+    categories = read_json(uri, _Categories).categories
     return Vocabulary(tuple(Category(c.id, c.name, c.color, bool(c.isthing)) for c in categories))
 
 

@@ -22,11 +22,11 @@ from raysseg.data.coco import (
     CocoCategory,
     CocoImage,
     find_rows,
+    read_categories,
     read_json,
     to_image_ids,
     to_lists,
     to_sample_ids,
-    to_vocabulary,
     write_json,
 )
 from raysseg.data.files import read_file, read_rows, write_image
@@ -56,13 +56,9 @@ class _Content(msgspec.Struct):
     categories: list[CocoCategory]
 
 
-class _Categories(msgspec.Struct):
-    categories: list[CocoCategory]
-
-
 def read_vocabulary(source: CocoPanopticSource) -> Vocabulary:
     """The categories of the annotations file."""
-    return to_vocabulary(read_json(source.annotations, _Categories).categories)
+    return read_categories(source.annotations)
 
 
 def read_index(source: CocoPanopticSource) -> SampleIndex:

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from raysseg import rle
+from raysseg.data.classes import to_categories, to_class_list
 from raysseg.masks import encode_id_map
 from raysseg.schema import ClassMap, InputError, Segment
 
@@ -427,13 +429,6 @@ def _to_polygons(mask: Bytes) -> list[list[float]] | None:
     return [((outline.ravel() - 0.5) / 2).tolist() for outline in outlines] if is_whole else None
 
 
-def _to_counts(mask: Bytes) -> list[int]:
-    """COCO's uncompressed RLE: lengths of the runs down the columns, the first of background."""
-    starts = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=0))
-    counts: list[int] = np.diff(starts, prepend=0, append=mask.size).tolist()
-    return counts
-
-
 Record = dict[str, object]
 
 
@@ -446,24 +441,16 @@ def _describe(scene: Scene) -> tuple[list[Record], list[Record], Bytes]:
     annotations: list[Record] = []
     for number, (segment, index) in enumerate(zip(scene.segments, indices, strict=True), 1):
         mask = (scene.ids == number).astype(np.uint8)
-        rle = coco_mask.encode(np.asfortranarray(mask))
+        encoded = rle.from_mask(mask)
+        compressed = {"size": mask.shape, "counts": encoded}
         region: Record = {"category_id": segment.class_id, "iscrowd": int(segment.is_crowd)}
-        region |= {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask.sum())}
+        region |= {"bbox": coco_mask.toBbox(compressed).tolist(), "area": int(mask.sum())}
         segments.append({"id": int(colours[number] @ (1, 256, 65536)), **region})
         if EXAMPLE_CLASSES.things[index]:
-            counts: list[int] | str = _to_counts(mask) if segment.is_crowd else rle["counts"].decode()
+            counts = rle.to_runs(encoded, mask.shape).tolist() if segment.is_crowd else encoded.decode()
             polygons = None if segment.is_crowd else _to_polygons(mask)
             annotations.append({**region, "segmentation": polygons or {"size": list(mask.shape), "counts": counts}})
     return segments, annotations, colours[scene.ids]
-
-
-def _categories(colour: str) -> list[Record]:
-    """The classes as files have them, with the spelling of "colour" that a format wants."""
-    c = EXAMPLE_CLASSES
-    return [
-        {"id": class_id, "name": name, colour: list(rgb), "isthing": int(is_thing)}
-        for class_id, name, rgb, is_thing in zip(c.ids, c.names, c.colours, c.things, strict=True)
-    ]
 
 
 def _to_json(content: object) -> bytes:
@@ -490,7 +477,9 @@ def _draw_split(folder: Path, split: Split, num: int, size: tuple[int, int], see
         panoptic.append({"image_id": index + 1, "file_name": f"{stem}.png", "segments_info": segments})
         for number, annotation in enumerate(annotations, len(instances) + 1):
             instances.append({"id": number, "image_id": index + 1, **annotation})
-    categories = [{**c, "supercategory": "thing" if c["isthing"] else "stuff"} for c in _categories("color")]
+    categories = [
+        {**c, "supercategory": "thing" if c["isthing"] else "stuff"} for c in to_categories(EXAMPLE_CLASSES, "color")
+    ]
     things = [c for c in categories if c["isthing"]]
     info = {"description": f"raysseg example, {split}, seed {seed}"}
     head = {"info": info, "licenses": [], "images": images}
@@ -524,7 +513,7 @@ def draw_example(
         raise InputError(f"{given}: an example has at least one scene a split, of 64 x 64 pixels or more")
     out = Path(out)
     marker = out / "classes.json"
-    content = _to_json({"classes": _categories("colour"), "ignore_index": EXAMPLE_CLASSES.ignore_index})
+    content = _to_json(to_class_list(EXAMPLE_CLASSES))
     is_ours = marker.is_file() and marker.read_bytes() == content
     if out.exists() and not is_ours and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out}: holds something other than an example data set; name a new or an empty folder")

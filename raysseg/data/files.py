@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+from PIL import Image
 
 from raysseg import storage
 from raysseg.data.index import Failure
 from raysseg.schema import InputError, Sample
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
+_ORIENTATION = 0x0112  # EXIF's tag
+_TURNED = (5, 6, 7, 8)  # its values that swap the sides
 _MAGIC = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"II", ".tif"), (b"MM", ".tif"), (b"RIFF", ".webp"))
 _READERS = 8  # threads a call; reading waits on storage, not on the CPU
 
@@ -49,6 +54,30 @@ def files_by_stem(folder: str, suffixes: frozenset[str], end: str = "") -> dict[
 def read_file(folder: str | None, name: str | None) -> bytes | None:
     """The bytes of a file; None where there is none."""
     return None if folder is None or name is None else storage.read_bytes(storage.join(folder, name))
+
+
+class Head(NamedTuple):
+    """An image file's upright (height, width), Pillow's mode of its pixels, and EXIF's orientation (1: upright)."""
+
+    size: tuple[int, int]
+    mode: str
+    orientation: int
+
+
+def read_head(file: Image.Image) -> Head:
+    """The head of an opened image; no pixel is decoded."""
+    orientation = file.getexif().get(_ORIENTATION, 1)
+    width, height = file.size
+    return Head((width, height) if orientation in _TURNED else (height, width), file.mode, orientation)
+
+
+def decode_head(data: bytes) -> Head:
+    """The head of an image file; raises InputError if it is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
+            return read_head(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image can't be decoded ({error}); write the file anew") from error
 
 
 def write_image(folder: str, sample: Sample) -> str:

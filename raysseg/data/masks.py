@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from raysseg import storage
 from raysseg.config import MasksSource
-from raysseg.data.classes import Vocabulary, preset_uri, read_class_list, to_categories
+from raysseg.data.classes import Vocabulary, preset_uri, read_class_list, to_class_list
 from raysseg.data.files import IMAGE_SUFFIXES, files_by_stem, read_file, read_rows, write_image
 from raysseg.data.index import Failure, SampleIndex, Written
 from raysseg.masks import encode_id_map, to_dense, to_ids, to_numbers
@@ -103,5 +103,4 @@ def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassM
 
 def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
     """Writes the class list."""
-    content = {"classes": to_categories(classes), "ignore_index": classes.ignore_index}
-    storage.write_text(storage.join(uri, MANIFEST), json.dumps(content, indent=2))
+    storage.write_text(storage.join(uri, MANIFEST), json.dumps(to_class_list(classes), indent=2))

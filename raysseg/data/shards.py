@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from raysseg import storage
 from raysseg.config import ShardsSource
-from raysseg.data.classes import Vocabulary, read_class_list, to_categories
+from raysseg.data.classes import Vocabulary, read_class_list, to_class_list
 from raysseg.data.index import Failure, SampleIndex, Written
 from raysseg.schema import ClassMap, InputError, Sample, Segment
 
@@ -130,12 +130,7 @@ def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
     sink = io.BytesIO()
     pq.write_table(rows, sink)
     storage.write_bytes(storage.join(uri, INDEX), sink.getvalue())
-    manifest = {
-        "version": 1,
-        "num_samples": len(rows),
-        "classes": to_categories(classes),
-        "ignore_index": classes.ignore_index,
-    }
+    manifest = {"version": 1, "num_samples": len(rows), **to_class_list(classes)}
     storage.write_text(storage.join(uri, MANIFEST), json.dumps(manifest, indent=2))
 
 

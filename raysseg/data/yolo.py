@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import yaml
-from PIL import Image
 
 from raysseg import rle, storage
 from raysseg.config import YoloSource
 from raysseg.data.classes import Category, Vocabulary
-from raysseg.data.files import IMAGE_SUFFIXES, files_by_stem, read_file, read_rows
+from raysseg.data.files import IMAGE_SUFFIXES, decode_head, files_by_stem, read_file, read_rows
 from raysseg.data.index import Failure, SampleIndex
 from raysseg.schema import InputError, Sample, Segment
-
-_TRANSPOSING = (5, 6, 7, 8)  # EXIF orientations that swap the sides
 
 
 def read_vocabulary(source: YoloSource) -> Vocabulary | None:
@@ -70,7 +66,7 @@ def read_samples(source: YoloSource, references: pa.Table, *, with_images: bool)
     def read(row: dict[str, Any]) -> Sample:
         image, text = read_file(source.images, row["image"]), read_file(source.labels, row["labels"])
         assert image is not None, "every row of the index names one"
-        size = _read_size(image)
+        size = decode_head(image).size
         lines = (text or b"").decode(errors="replace").splitlines()
         segments = tuple(
             _to_segment(line, number, size) for number, line in enumerate(lines, 1) if line and not line.isspace()
@@ -78,17 +74,6 @@ def read_samples(source: YoloSource, references: pa.Table, *, with_images: bool)
         return Sample(row["sample_id"], image if with_images else None, *size, None, segments)
 
     return read_rows(read, references)
-
-
-def _read_size(image: bytes) -> tuple[int, int]:
-    """(height, width) of an encoded image, upright; only its head is read."""
-    try:
-        with Image.open(io.BytesIO(image)) as file:
-            width, height = file.size
-            is_turned = file.getexif().get(0x0112) in _TRANSPOSING
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image can't be decoded ({error}); write the file anew") from error
-    return (width, height) if is_turned else (height, width)
 
 
 def _to_segment(line: str, number: int, size: tuple[int, int]) -> Segment:

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from raysseg import masks, rle
-from raysseg.data.batches import IMAGE_FORMATS, Pixels, decode_image
+from raysseg.data.batches import Pixels, decode_image
+from raysseg.data.files import decode_head
 from raysseg.findings.shapes import REGION, Bits, Regions, component_areas, measure_region, measure_shift
 from raysseg.schema import ClassMap, InputError, Sample
 
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap the sides
 _HASH_SIDE = 16  # of the square of DCT coefficients whose signs are the perceptual hash
 HASH_BITS = _HASH_SIDE**2
 _BOX_SLACK = 3.0  # pixels by which a box's side may miss its mask: polygons round, and some tools count from 1
@@ -105,7 +105,7 @@ def to_facts(
     image, mode, orientation = None, "", 1
     if sample.image is not None:
         try:
-            mode, orientation = _read_head(sample.image)
+            _, mode, orientation = decode_head(sample.image)
             image = decode_image(sample.image)
         except InputError as error:
             problems.append(Problem("unreadable", str(error)))
@@ -144,15 +144,6 @@ def perceptual_hash(image: Pixels) -> bytes:
 
 
 # --- image and sizes ----------------------------------------------------------------------------------------------
-
-
-def _read_head(data: bytes) -> tuple[str, int]:
-    """The pixels' mode and the EXIF orientation."""
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
-            return file.mode, int(file.getexif().get(_ORIENTATION, 1))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image can't be decoded ({error})") from error
 
 
 def _size_problems(image: tuple[int, ...], mask: tuple[int, ...], orientation: int) -> Iterator[Problem]:

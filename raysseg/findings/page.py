@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 import yaml
 
 from raysseg.findings.advice import Advice, to_fragment
 from raysseg.findings.kinds import KINDS, SEVERITIES, Finding
 from raysseg.findings.summary import SplitFacts
-from raysseg.report import MATRIX_CLASSES, Picture, to_count, to_percent
+from raysseg.report import MATRIX_CLASSES, Picture, open_template
 from raysseg.schema import ClassMap, Task
 
 PICTURES = 8  # of a finding, that are shown
@@ -69,16 +68,8 @@ def picked(finding: Finding) -> list[int]:
 
 def render(page: InspectPage) -> str:
     """The page as one HTML file that loads nothing from outside."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("raysseg"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": to_percent, "count": to_count}
     train = page.splits[0]
-    return environment.get_template("inspect.html.j2").render(
+    return open_template("inspect.html.j2").render(
         page=page,
         train=train,
         shown=[_show(page, i) for i in range(len(page.findings))],
