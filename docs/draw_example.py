@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from raysseg import Predictor
-from raysseg.data.batches import decode_image
+from raysseg.data.decode import decode_image
 from raysseg.masks import decode_id_map, to_indices
 from raysseg.report import paint_labels
 

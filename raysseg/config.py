@@ -201,6 +201,9 @@ AnySource = Annotated[
 ]
 
 
+Decode = Literal["cluster", "trainer"]
+
+
 class Augment(Section):
     """How training images are varied; image and mask move together, seeded by (seed, epoch, position)."""
 
@@ -251,6 +254,9 @@ class TrainData(Section):
     epoch on average (repeat factors; Gupta et al. 2019). null: every image comes once."""
     open_shards: Annotated[int, Field(ge=1)] = 16
     """Row groups of shuffled shards that are open at once, and from which an epoch's order is dealt in turn."""
+    decode: Decode = "cluster"
+    """Where training images are decoded and augmented: by tasks all over the cluster, or by threads of the workers that
+    train, which then receive files as they are stored: cheaper, where their CPUs have time for it."""
     on_error: Literal["stop", "skip"] = "stop"
     """Samples that can't be read or used: stop, or skip them and list them beside the run."""
 
@@ -484,7 +490,7 @@ class ShardOutput(Section):
     rows_per_file: Annotated[int, Field(ge=1)] = 512
     """Samples that are written in one go."""
     rows_per_group: Annotated[int, Field(ge=1)] = 32
-    """Samples that are read at once."""
+    """Samples that are read at once, at most; fewer where they come to more than 8 MiB."""
 
 
 class ShardJob(BaseJob):

@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from raysseg import rle
 from raysseg.schema import ClassMap, InputError, Sample, Segment
@@ -147,12 +147,11 @@ def _class_of_number(segments: tuple[Segment, ...], classes: ClassMap) -> IdMap:
 
 def _index_of(class_id: int, classes: ClassMap) -> int | None:
     """The index of a data-set id; None if it is dropped."""
-    table, is_known = _index_table(classes)
-    if not 0 <= class_id <= 65535 or not is_known[class_id]:
+    index = int(_index_table(classes)[class_id]) if 0 <= class_id <= 65535 else _unknown(classes)
+    if index == _unknown(classes):
         raise InputError(
             f"has a segment of class id {class_id}, which the class list lacks; add it, or name it in `dropped`"
         )
-    index = int(table[class_id])
     return None if index == classes.ignore else index
 
 
@@ -234,13 +233,22 @@ def decode_id_map(data: bytes, classes: ClassMap | None = None) -> IdMap:
             if image.mode in ("RGB", "RGBA") and classes is not None:
                 return _from_colours(np.array(image.convert("RGB")), classes)
             mode = image.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"the mask can't be decoded ({error}); masks are PNG, .npy or .npz: write the file anew"
+            f"the mask can't be decoded ({explain(error)}); masks are PNG, .npy or .npz: write the file anew"
         ) from error
     raise InputError(f"the mask has PNG mode {mode}; allowed: palette, grey of 1, 8 or 16 bit, RGB colours")
+
+
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files that it can't decode."""
+
+
+def explain(error: Exception) -> str:
+    """What is wrong with such a file; Pillow itself would name an object of its own."""
+    return "it is none" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
@@ -295,10 +303,13 @@ def to_indices(ids: IdMap, classes: ClassMap) -> IdMap:
     Raises:
         InputError: ids that the class list lacks.
     """
-    table, is_known = _index_table(classes)
-    if not is_known.take(ids).all():
+    if ids.dtype == np.uint8 and _are_indices(classes):
+        after_last = (ids + np.uint8(1)).max(initial=0)  # the ignored 255 becomes 0
+        if after_last <= len(classes):
+            return ids
+    indices: IdMap = _index_table(classes).take(ids)
+    if (indices == _unknown(classes)).any():
         raise InputError(_unknown_ids(np.unique(ids), classes))
-    indices: IdMap = table.take(ids)
     return indices
 
 
@@ -312,13 +323,23 @@ def to_ids(labels: IdMap, classes: ClassMap) -> IdMap:
 
 
 @lru_cache(maxsize=8)
-def _index_table(classes: ClassMap) -> tuple[IdMap, npt.NDArray[np.bool_]]:
-    """For each id 0 to 65535 its class index, and whether the class list knows it."""
-    table = np.full(65536, classes.ignore, classes.dtype)
+def _are_indices(classes: ClassMap) -> bool:
+    """Whether the data set's ids of one byte are class indices already."""
+    return classes.ignore_index == classes.ignore == 255 and all(i == index for i, index in classes.index_of.items())
+
+
+@lru_cache(maxsize=8)
+def _index_table(classes: ClassMap) -> IdMap:
+    """For each id 0 to 65535 its class index, or that of what the class list does not know."""
+    table: IdMap = np.full(65536, _unknown(classes), classes.dtype)
+    table[[*classes.dropped, classes.ignore_index]] = classes.ignore
     table[list(classes.index_of)] = list(classes.index_of.values())
-    is_known = np.zeros(65536, np.bool_)
-    is_known[[*classes.index_of, *classes.dropped, classes.ignore_index]] = True
-    return table, is_known
+    return table
+
+
+def _unknown(classes: ClassMap) -> int:
+    """No index of a class, and not the ignored one."""
+    return classes.ignore - 1
 
 
 def _unknown_ids(present: npt.NDArray[np.integer], classes: ClassMap) -> str:

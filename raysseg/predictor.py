@@ -11,7 +11,8 @@ from torch import Tensor
 from raysseg import bundle as bundles
 from raysseg.config import Precision
 from raysseg.data.augment import resize_image
-from raysseg.data.batches import Pair, Pixels
+from raysseg.data.batches import Pair
+from raysseg.data.decode import Pixels
 from raysseg.data.index import Failure
 from raysseg.loop import resolve_precision
 from raysseg.masks import LabelMap

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from raysseg import masks, storage
 from raysseg.config import ShardJob
 from raysseg.data import WRITERS, read_class_map, read_index, read_samples
-from raysseg.data.batches import decode_pair
+from raysseg.data.decode import decode_pair
 from raysseg.data.index import Failure, SampleIndex, write_failures
 from raysseg.runtime import spread
 from raysseg.schema import ClassMap, InputError, Sample

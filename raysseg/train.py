@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -289,7 +290,10 @@ def _run_rank(settings: dict[str, Any]) -> None:
     if rank:
         logging.getLogger("raysseg").setLevel(logging.WARNING)
     statistics: list[str] = []
-    open_stream = partial(stream.iter_chunks, report=statistics.append)
+    share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
+    threads = min(max(share, 2), 8)  # more would wait for each other's Python
+    decode = plan.job.data.decode
+    open_stream = partial(stream.iter_chunks, report=statistics.append, decode=decode, threads=threads)
     for saved in train_epochs(plan, open_stream, ray.train.torch.get_device()):
         _report_to_ray(saved)
     if rank == 0:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -23,6 +23,18 @@ from raysseg.masks import IdMap
 
 Image = npt.NDArray[np.uint8]
 """(H, W, 3) RGB."""
+
+
+class Windowed(Protocol):
+    """An image of which windows are read, such as one that is yet to be decoded."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, 3)."""
+
+    def __getitem__(self, window: tuple[slice, slice]) -> Image:
+        """Some rows and columns."""
+
 
 FILL = (124, 116, 104)
 """What stands where a view reaches beyond its image: ImageNet's mean colour."""
@@ -71,12 +83,18 @@ def seeded_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
 
 
 def augment(
-    image: Image, labels: IdMap, *, crop: tuple[int, int], config: Augment | None, ignore: int, rng: np.random.Generator
+    image: Image | Windowed,
+    labels: IdMap,
+    *,
+    crop: tuple[int, int],
+    config: Augment | None,
+    ignore: int,
+    rng: np.random.Generator,
 ) -> tuple[Image, IdMap]:
     """One random training crop of an image and its labels.
 
     Args:
-        image: (H, W, 3) RGB.
+        image: (H, W, 3) RGB; only the window that the crop shows is asked for.
         labels: (H, W) class indices.
         crop: (height, width) of the result, whatever the image's size; what it does not cover is ``FILL`` and ignored.
         config: how much is varied; None: nothing, and the crop is the top left corner.
@@ -171,7 +189,7 @@ def _is_good(visible: IdMap, totals: npt.NDArray[np.int64] | None, config: Augme
     return bool(kept.max() >= config.min_object_share)
 
 
-def apply_view(view: View, image: Image, labels: IdMap, *, ignore: int) -> tuple[Image, IdMap]:
+def apply_view(view: View, image: Image | Windowed, labels: IdMap, *, ignore: int) -> tuple[Image, IdMap]:
     """The view of this image and of its labels; returns as ``augment`` does."""
     assert image.shape == (*labels.shape, 3), (image.shape, labels.shape)
     # What a turn brings in from beyond the upright crop is cut and resized too.
@@ -181,23 +199,23 @@ def apply_view(view: View, image: Image, labels: IdMap, *, ignore: int) -> tuple
     columns, before, num_columns, after = _place(labels.shape[1], left, width, view.size[1], reach_x)
     shown = (num_rows, num_columns)
 
-    image, labels = image[rows, columns], labels[rows, columns]
+    pixels, labels = image[rows, columns], labels[rows, columns]
     is_growing = shown[0] * shown[1] > labels.size
     if is_growing:  # recoloured where there are fewer pixels
-        image = adjust_colour(image, view.colours)
-    image, labels = resize(image, labels, shown)
+        pixels = adjust_colour(pixels, view.colours)
+    pixels, labels = resize(pixels, labels, shown)
     if not is_growing:
-        image = adjust_colour(image, view.colours)
+        pixels = adjust_colour(pixels, view.colours)
     borders = (above, below, before, after, cv2.BORDER_CONSTANT)
-    image = cv2.copyMakeBorder(image, *borders, value=FILL)  # copies even where there is nothing to add
+    pixels = cv2.copyMakeBorder(pixels, *borders, value=FILL)  # copies even where there is nothing to add
     labels = cv2.copyMakeBorder(labels, *borders, value=ignore)
     if view.angle:
-        image = _turn(image, view, cv2.INTER_LINEAR, FILL)
+        pixels = _turn(pixels, view, cv2.INTER_LINEAR, FILL)
         labels = _turn(labels, view, cv2.INTER_NEAREST, (ignore,))
     for is_wanted, axis in ((view.is_flipped, 1), (view.is_upside_down, 0)):
         if is_wanted:
-            image, labels = cv2.flip(image, axis), cv2.flip(labels, axis)
-    return image, labels
+            pixels, labels = cv2.flip(pixels, axis), cv2.flip(labels, axis)
+    return pixels, labels
 
 
 def _reach(size: tuple[int, int], angle: float) -> tuple[float, float]:

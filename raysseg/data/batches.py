@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from typing import TypeVar
 
-import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 
 from raysseg import masks
 from raysseg.config import AnySource, Augment, TrainJob
 from raysseg.config import Batch as BatchConfig
 from raysseg.data import read_samples
 from raysseg.data.augment import augment, resize, seeded_rng
-from raysseg.data.files import IMAGE_FORMATS, read_head
+from raysseg.data.decode import Pixels, decode_pair, naming, open_pair
 from raysseg.data.index import Failure, SampleIndex
 from raysseg.data.sampling import Factors, Order, epoch_order, num_positions, num_windows
 from raysseg.ledger import Ledger, deal
 from raysseg.schema import ClassMap, InputError, Sample
 
-Pixels = npt.NDArray[np.uint8]
-"""(H, W, 3) RGB."""
-
+S = TypeVar("S")
 T = TypeVar("T")
 
 CHUNK_ROWS = 32  # samples that a worker's loader reads at least in one go
+PART_BYTES = 8 * 2**20  # of pixels that are decoded in one go; larger arrays cost a page fault every 4 KiB
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,10 @@ class Feed:
         """Of an epoch's order."""
         return num_windows(self.index, open_groups=self.open_groups, factors=self.factors)
 
+    def first_position(self, epoch: int) -> int:
+        """From which an epoch's global batches are counted."""
+        return self.start.position if epoch == self.start.epoch else 0
+
     @property
     def windows_per_chunk(self) -> int:
         """Windows of the order that are read in one go: at least CHUNK_ROWS of this rank's rows."""
@@ -128,132 +129,81 @@ def build_feed(
     return Feed(index, recipe, job.batch, job.data.open_shards, job.schedule.epochs, start, rank, num_workers, factors)
 
 
-# --- one sample ---------------------------------------------------------------------------------------------------
+# --- chunks: the unit of reading; their parts: the unit of decoding -----------------------------------------------
 
 
-def decode_image(data: bytes) -> Pixels:
-    """Decodes a JPEG, PNG, TIFF or WebP file to RGB, (H, W, 3) uint8.
+@dataclass(frozen=True)
+class Chunk:
+    """Samples of an epoch as they lie on storage.
 
-    EXIF orientation is applied; grey, palette and CMYK become RGB, transparency is dropped, 16 bits are cut to 8.
-
-    Raises:
-        InputError: the file is damaged, of another kind, has several pages, or floating-point pixels.
+    Attributes:
+        epoch: from 0.
+        positions: (N,) int64 in the epoch, ascending.
+        samples: at these positions.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
-            if (pages := getattr(file, "n_frames", 1)) > 1:
-                raise InputError(f"the {file.format} holds {pages} pages; store one image a file")
-            if _is_plain_jpeg(file, data):
-                return _decode_jpeg(data)
-            file.load()
-            image = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"the image can't be decoded ({error}); allowed: whole {', '.join(IMAGE_FORMATS)} files"
-        ) from error
-    if image.mode.startswith("I"):
-        grey = np.array(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise InputError(
-                f"the image has {grey.min()} to {grey.max()} in 32 bits; store it with 8 or 16 bits a channel"
-            )
-        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise InputError("the image has floating-point pixels; store it with 8 or 16 bits a channel")
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+
+    epoch: int
+    positions: npt.NDArray[np.int64]
+    samples: Sequence[Sample | Failure]
 
 
-def _is_plain_jpeg(file: Image.Image, data: bytes) -> bool:
-    """Whether cv2 may decode it: it knows no CMYK, and takes a truncated file for a whole one."""
-    is_whole = data.rstrip(b"\0").endswith(b"\xff\xd9")
-    return file.format == "JPEG" and file.mode in ("RGB", "L") and is_whole and read_head(file).orientation == 1
-
-
-def _decode_jpeg(data: bytes) -> Pixels:
-    """The same pixels as Pillow's, in half of the time."""
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels: Pixels | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if pixels is None:
-        raise ValueError("the JPEG is damaged")
-    return pixels
-
-
-def decode_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels, masks.LabelMap]:
-    """A sample's image, (H, W, 3), and its ground truth of the same size.
-
-    Raises:
-        InputError: either is damaged, their sizes differ, or the mask holds unknown ids.
-    """
-    if sample.image is None:
-        raise InputError(f"{sample.sample_id}: has no image")
-    try:
-        image = decode_image(sample.image)
-    except InputError as error:
-        raise InputError(f"{sample.sample_id}: {error}") from error
-    truth = masks.to_dense(sample, classes)
-    if image.shape[:2] != truth.labels.shape:
-        (height, width), (mask_height, mask_width) = image.shape[:2], truth.labels.shape
-        mend = "resize the mask without interpolation, or pair the right files"
-        if (height, width) == (mask_width, mask_height):
-            mend = "the image carries an EXIF rotation that the mask does not follow: turn the mask, or strip the tag"
-        raise InputError(
-            f"{sample.sample_id}: the image is {width}x{height}, its mask {mask_width}x{mask_height} (width x height); "
-            f"{mend}"
-        )
-    return image, truth
-
-
-def _to_row(sample: Sample, recipe: Recipe, epoch: int, position: int) -> tuple[Pixels, masks.IdMap]:
-    image, truth = decode_pair(sample, recipe.classes)
-    labels = truth.labels
-    if recipe.size is not None:
-        image, labels = resize(image, labels, recipe.size)
-    rng = seeded_rng(recipe.seed, epoch, position)
-    return augment(image, labels, crop=recipe.crop, config=recipe.augment, ignore=recipe.classes.ignore, rng=rng)
-
-
-# --- chunks: the unit of reading ----------------------------------------------------------------------------------
-
-
-def load_chunk(feed: Feed, chunk: int) -> Batch:
-    """Reads, decodes and augments one chunk of a feed: the rank's rows of some windows of the order, by position.
-
-    Raises:
-        InputError: a sample can't be used, and the source does not skip.
-    """
+def read_chunk(feed: Feed, chunk: int) -> Chunk:
+    """Reads one chunk of a feed: the rank's rows of some windows of the order, by position."""
     epoch = feed.start.epoch + chunk // feed.chunks_per_epoch
     order = _order(feed, epoch)
     first = chunk % feed.chunks_per_epoch * feed.windows_per_chunk
     edges = np.append(order.windows, len(order))
     start, stop = edges[first], edges[min(first + feed.windows_per_chunk, len(edges) - 1)]
-    begin = feed.start.position if epoch == feed.start.epoch else 0  # global batches are counted from here
+    begin = feed.first_position(epoch)
     positions = np.arange(max(start, begin), stop)
     positions = positions[(positions - begin) % feed.batch.global_size % feed.num_workers == feed.rank]
-    samples = read_samples(feed.index.take(order.rows[positions]))
-    return _collate(feed, epoch, positions, samples)
+    return Chunk(epoch, positions, read_samples(feed.index.take(order.rows[positions])))
 
 
-def _collate(feed: Feed, epoch: int, positions: npt.NDArray[np.int64], samples: list[Sample | Failure]) -> Batch:
-    recipe, num_rows = feed.recipe, len(positions)
-    images = np.zeros((num_rows, *recipe.crop, 3), np.uint8)
-    labels = np.full((num_rows, *recipe.crop), recipe.classes.ignore, recipe.classes.dtype)
+def iter_parts(feed: Feed, chunk: Chunk) -> Iterator[Chunk]:
+    """Cuts a chunk where micro-batches end, so that a part need not be copied to become some."""
+    height, width = feed.recipe.crop
+    batches_per_part = max(1, PART_BYTES // (feed.batch.per_worker * height * width * 4))
+    global_batch, place = np.divmod(chunk.positions - feed.first_position(chunk.epoch), feed.batch.global_size)
+    micro_batch = place // feed.num_workers // feed.batch.per_worker
+    ends = np.flatnonzero(np.diff(global_batch) | np.diff(micro_batch)) + 1
+    edges = [0, *ends[batches_per_part - 1 :: batches_per_part].tolist(), len(chunk.positions)]
+    for start, stop in pairwise(edges):
+        yield Chunk(chunk.epoch, chunk.positions[start:stop], chunk.samples[start:stop])
+
+
+def decode_chunk(feed: Feed, chunk: Chunk) -> Batch:
+    """Decodes, augments and collates.
+
+    Raises:
+        InputError: a sample can't be used, and the source does not skip.
+    """
+    recipe, num_rows = feed.recipe, len(chunk.positions)
+    images = np.empty((num_rows, *recipe.crop, 3), np.uint8)
+    labels = np.empty((num_rows, *recipe.crop), recipe.classes.dtype)
     weights = np.ones(num_rows, np.float32)
     failures = []
-    for row, (position, sample) in enumerate(zip(positions, samples, strict=True)):
+    for row, (position, sample) in enumerate(zip(chunk.positions, chunk.samples, strict=True)):
         try:
             if isinstance(sample, Failure):
                 raise InputError(sample.reason)
-            images[row], labels[row] = _to_row(sample, recipe, epoch, int(position))
+            images[row], labels[row] = _to_row(sample, recipe, chunk.epoch, int(position))
         except InputError as error:
             if not feed.index.source.is_skipping:
                 raise
-            weights[row] = 0
+            images[row], labels[row], weights[row] = 0, recipe.classes.ignore, 0
             failures.append(Failure(sample.sample_id, str(error)))
-    return Batch(images, labels, weights, positions, tuple(failures))
+    return Batch(images, labels, weights, chunk.positions, tuple(failures))
+
+
+def _to_row(sample: Sample, recipe: Recipe, epoch: int, position: int) -> tuple[Pixels, masks.IdMap]:
+    image, truth = open_pair(sample, recipe.classes)
+    labels = truth.labels
+    with naming(sample):
+        if recipe.size is not None:
+            image, labels = resize(image[:, :], labels, recipe.size)
+        rng = seeded_rng(recipe.seed, epoch, position)
+        return augment(image, labels, crop=recipe.crop, config=recipe.augment, ignore=recipe.classes.ignore, rng=rng)
 
 
 @lru_cache(maxsize=2)
@@ -317,7 +267,7 @@ def _to_pair(sample: Sample | Failure, classes: ClassMap, source: AnySource) -> 
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
-def read_ahead(load: Callable[[int], T], items: Sequence[int], threads: int) -> Iterator[T]:
+def read_ahead(load: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:
     """`load` of each item in turn, a few ahead, by threads of this process."""
     with ThreadPoolExecutor(threads, thread_name_prefix="raysseg-data") as pool:
         ahead: deque[Future[T]] = deque()
@@ -334,8 +284,14 @@ def read_ahead(load: Callable[[int], T], items: Sequence[int], threads: int) -> 
 
 
 def iter_chunks(feed: Feed, *, threads: int = 2) -> Iterator[Batch]:
-    """The chunks of a feed in turn, without Ray."""
-    return read_ahead(partial(load_chunk, feed), range(feed.num_chunks), threads)
+    """The rows of a feed in turn, without Ray: a thread reads ahead of those that decode."""
+    return decode_ahead(feed, read_ahead(partial(read_chunk, feed), range(feed.num_chunks), 1), threads)
+
+
+def decode_ahead(feed: Feed, chunks: Iterable[Chunk], threads: int) -> Iterator[Batch]:
+    """Decodes chunks as they come, part by part, by threads of this process."""
+    parts = (part for chunk in chunks for part in iter_parts(feed, chunk))
+    return read_ahead(partial(decode_chunk, feed), parts, threads)
 
 
 def iter_batches(feed: Feed, chunks: Iterable[Batch]) -> Iterator[list[Batch]]:
@@ -345,8 +301,7 @@ def iter_batches(feed: Feed, chunks: Iterable[Batch]) -> Iterator[list[Batch]]:
     """
     rows = _Cursor(iter(chunks))
     for epoch in range(feed.start.epoch, feed.epochs):
-        first = feed.start.position if epoch == feed.start.epoch else 0
-        for start in range(first, feed.num_positions, feed.batch.global_size):
+        for start in range(feed.first_position(epoch), feed.num_positions, feed.batch.global_size):
             stop = min(start + feed.batch.global_size, feed.num_positions)
             shares = deal(start, stop, per_worker=feed.batch.per_worker, rank=feed.rank, num_workers=feed.num_workers)
             yield [rows.take(len(share)) if len(share) else _stand_in(feed.recipe) for share in shares]

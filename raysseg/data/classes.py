@@ -134,7 +134,7 @@ def _read(uri: str) -> _Content:
     try:
         raw = json.loads(storage.read_bytes(uri))
         content: _Content = {"classes": list(raw["classes"])}
-        if "ignore_index" in raw:
+        if raw.get("ignore_index") is not None:
             content["ignore_index"] = int(raw["ignore_index"])
         content["dropped"] = [int(i) for i in raw.get("dropped", ())]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from raysseg import storage
 from raysseg.data.index import Failure
+from raysseg.masks import IMAGE_ERRORS, explain
 from raysseg.schema import InputError, Sample
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"})
@@ -76,8 +77,8 @@ def decode_head(data: bytes) -> Head:
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
             return read_head(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image can't be decoded ({error}); write the file anew") from error
+    except IMAGE_ERRORS as error:
+        raise InputError(f"the image can't be decoded ({explain(error)}); write the file anew") from error
 
 
 def write_image(folder: str, sample: Sample) -> str:

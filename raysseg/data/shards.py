@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysseg import storage
@@ -20,6 +22,8 @@ from raysseg.schema import ClassMap, InputError, Sample, Segment
 
 MANIFEST = "shards.json"
 INDEX = "index.parquet"
+GROUP_BYTES = 8 * 2**20  # of a row group of several rows, at most
+_READERS = 8  # row groups that are read at a time
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -69,17 +73,13 @@ def _require_manifest(source: ShardsSource) -> None:
 def read_samples(source: ShardsSource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:
     """Reads samples, each row group once, in the order of the references."""
     columns = [name for name in SAMPLE_SCHEMA.names if with_images or name != "image"]
-    file_numbers = references["file_number"].to_pylist()
-    row_groups = references["row_group"].to_pylist()
+    places = list(zip(references["file_number"].to_pylist(), references["row_group"].to_pylist(), strict=True))
+    keys = list(dict.fromkeys(places))
+    with ThreadPoolExecutor(_READERS) as pool:
+        tables = pool.map(lambda key: _read_row_group(source.uri, key[0], key[1], columns), keys)
+        groups = dict(zip(keys, tables, strict=True))
     rows = references["row"].to_pylist()
-    groups = {
-        key: _read_row_group(source.uri, *key, columns)
-        for key in dict.fromkeys(zip(file_numbers, row_groups, strict=True))
-    }
-    return [
-        to_sample(groups[file_number, row_group], row)
-        for file_number, row_group, row in zip(file_numbers, row_groups, rows, strict=True)
-    ]
+    return [to_sample(groups[place], row) for place, row in zip(places, rows, strict=True)]
 
 
 def to_sample(table: pa.Table, row: int) -> Sample:
@@ -90,8 +90,8 @@ def to_sample(table: pa.Table, row: int) -> Sample:
     return Sample(**{"image": None, **values})
 
 
-def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
-    """Writes one Parquet file; its rows go into the index."""
+def to_table(samples: Sequence[Sample]) -> pa.Table:
+    """Samples as a table of SAMPLE_SCHEMA."""
     rows = [
         {
             "sample_id": sample.sample_id,
@@ -103,26 +103,47 @@ def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassM
         }
         for sample in samples
     ]
+    return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+
+
+def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
+    """Writes one Parquet file; its rows go into the index."""
     sink = io.BytesIO()
+    table = to_table(samples)
+    groups = _to_groups(table, rows_per_group)
     # images and id maps are compressed already: no codec, and no dictionaries or statistics of their bytes
-    table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
-    pq.write_table(
-        table, sink, row_group_size=rows_per_group, compression="none", use_dictionary=False, write_statistics=False
-    )
+    with pq.ParquetWriter(
+        sink, SAMPLE_SCHEMA, compression="none", use_dictionary=False, write_statistics=False
+    ) as writer:
+        for group in groups:
+            writer.write_table(group)
     storage.write_bytes(storage.join(uri, file_name(number)), sink.getvalue())
-    place = np.arange(len(samples), dtype=np.int32)
+    sizes = [len(group) for group in groups]
     return Written(
         pa.table(
             {
                 "sample_id": table["sample_id"],
                 "file_number": np.full(len(samples), number, dtype=np.int32),
-                "row_group": place // rows_per_group,
-                "row": place % rows_per_group,
+                "row_group": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+                "row": np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
                 "height": table["height"],
                 "width": table["width"],
             }
         )
     )
+
+
+def _to_groups(table: pa.Table, most_rows: int) -> list[pa.Table]:
+    """Cuts a table into row groups; those of several rows keep to GROUP_BYTES, as many are in memory at a time."""
+    groups: list[pa.Table] = []
+    start = num_bytes = 0
+    sizes = pc.add(pc.binary_length(table["image"]), pc.coalesce(pc.binary_length(table["id_map"]), 0))
+    for row, size in enumerate(sizes.to_pylist()):
+        if row > start and (row - start == most_rows or num_bytes + size > GROUP_BYTES):
+            groups.append(table.slice(start, row - start))
+            start, num_bytes = row, 0
+        num_bytes += size
+    return [*groups, table.slice(start)]
 
 
 def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:

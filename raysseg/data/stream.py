@@ -1,4 +1,7 @@
-"""Ray Data over a feed: one worker's training rows, read, decoded and augmented by tasks all over the cluster."""
+"""Ray Data over a feed: one worker's training rows, read by tasks all over the cluster.
+
+The same tasks decode and augment them, or the worker's own threads do (`data.decode`).
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,17 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from raysseg.data.batches import Batch, Feed, load_chunk
+from raysseg.config import Decode
+from raysseg.data.batches import Batch, Chunk, Feed, decode_ahead, decode_chunk, iter_parts, read_chunk
 from raysseg.data.index import Failure
-from raysseg.schema import InputError
+from raysseg.data.shards import SAMPLE_SCHEMA, to_sample, to_table
+from raysseg.schema import InputError, Sample
 
 Block = dict[str, npt.NDArray[Any]]
 
@@ -38,8 +44,8 @@ class _Pace(ExecutionCallback):  # type: ignore[misc]
         time.sleep(_PAUSE_S)
 
 
-def iter_chunks(feed: Feed, report: Callable[[str], None]) -> Iterator[Batch]:
-    """The chunks of a feed in turn, delivered by Ray Data.
+def iter_chunks(feed: Feed, report: Callable[[str], None], *, decode: Decode, threads: int) -> Iterator[Batch]:
+    """The rows of a feed in turn, delivered by Ray Data.
 
     One execution spans all epochs, so that no epoch's first batch waits. A chunk is one task and short enough to be one
     block or a few, so that no task waits for room while it holds a CPU.
@@ -47,6 +53,8 @@ def iter_chunks(feed: Feed, report: Callable[[str], None]) -> Iterator[Batch]:
     Args:
         feed: what to deliver.
         report: receives Ray Data's per-operator statistics at the end.
+        decode: by its tasks, or by threads of this process.
+        threads: so many, then.
 
     Raises:
         InputError: a sample can't be used, and the source does not skip.
@@ -54,14 +62,17 @@ def iter_chunks(feed: Feed, report: Callable[[str], None]) -> Iterator[Batch]:
     if feed.num_chunks == 0:
         return
     _limit(feed)
-    load = partial(_load_block, [ray.put(feed)])
-    chunks = ray.data.range(feed.num_chunks, override_num_blocks=feed.num_chunks)
-    blocks = chunks.map_batches(load, batch_size=None, num_cpus=1).iterator()
+    load = partial(_decode_blocks if decode == "cluster" else _read_block, [ray.put(feed)])
+    numbers = ray.data.range(feed.num_chunks, override_num_blocks=feed.num_chunks)
+    stream = numbers.map_batches(load, batch_size=None, num_cpus=1).iterator()
+    blocks = partial(stream.iter_batches, batch_size=None, prefetch_batches=1)
     try:
-        for block in blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            yield _to_batch(block)
+        if decode == "cluster":
+            yield from map(_to_batch, blocks(batch_format="numpy"))
+        else:
+            yield from decode_ahead(feed, map(_to_chunk, blocks(batch_format="pyarrow")), threads)
     finally:
-        report(blocks.stats())
+        report(stream.stats())
 
 
 def _limit(feed: Feed) -> None:
@@ -77,46 +88,66 @@ def _limit(feed: Feed) -> None:
     )
 
 
-def _load_block(feed_ref: list[ray.ObjectRef[Feed]], chunks: Block) -> Block:
-    """One task of Ray Data; what goes wrong travels in the block, so that it reaches the user as it is."""
+def _decode_blocks(feed_ref: list[ray.ObjectRef[Feed]], numbers: Block) -> Iterator[Block]:
+    """A task that decodes, part by part; what goes wrong travels in a block, so that it reaches the user as it is."""
     feed = _feed(feed_ref[0])
+    empty = np.zeros(1, np.uint8)
     try:
-        batches = [load_chunk(feed, int(chunk)) for chunk in chunks["id"]]
+        for part in iter_parts(feed, read_chunk(feed, int(numbers["id"].item()))):
+            batch = decode_chunk(feed, part)
+            notes = [_note(failures=[astuple(failure) for failure in batch.failures])] if batch.failures else [""]
+            yield {
+                "images": batch.images,
+                "labels": batch.labels,
+                "weights": batch.weights,
+                "positions": batch.positions,
+                "notes": np.array(notes + [""] * (len(batch) - 1), dtype=object),
+            }
     except InputError as error:
-        empty = np.zeros(1, np.uint8)
-        return {
-            "images": empty,
-            "labels": empty,
-            "weights": empty,
-            "positions": empty,
-            "notes": _note(error=str(error)),
-        }
-    assert len(batches) == 1, "one chunk a block"
-    batch = batches[0]
-    notes = np.full(len(batch), "", dtype=object)
-    if batch.failures:
-        notes[:1] = _note(failures=[astuple(failure) for failure in batch.failures])
-    return {
-        "images": batch.images,
-        "labels": batch.labels,
-        "weights": batch.weights,
-        "positions": batch.positions,
-        "notes": notes,
-    }
-
-
-def _note(**content: object) -> npt.NDArray[Any]:
-    return np.array([json.dumps(content)], dtype=object)
+        note = np.array([_note(error=str(error))], dtype=object)
+        yield {"images": empty, "labels": empty, "weights": empty, "positions": empty, "notes": note}
 
 
 def _to_batch(block: Block) -> Batch:
     failures: tuple[Failure, ...] = ()
-    for text in filter(None, block["notes"]):
-        note = json.loads(text)
-        if "error" in note:
-            raise InputError(note["error"])
+    for note in map(_read_note, filter(None, block["notes"])):
         failures += tuple(Failure(*failure) for failure in note["failures"])
     return Batch(block["images"], block["labels"], block["weights"], block["positions"], failures)
+
+
+def _read_block(feed_ref: list[ray.ObjectRef[Feed]], numbers: Block) -> pa.Table:
+    """A task that only reads: samples as they are stored, each with its place and what is wrong with it."""
+    feed = _feed(feed_ref[0])
+    try:
+        chunk = read_chunk(feed, int(numbers["id"].item()))
+        notes = [_note(failure=astuple(s)) if isinstance(s, Failure) else "" for s in chunk.samples]
+    except InputError as error:
+        chunk, notes = Chunk(0, np.zeros(1, np.int64), [_NOTHING]), [_note(error=str(error))]
+    table = to_table([_NOTHING if isinstance(sample, Failure) else sample for sample in chunk.samples])
+    places = pa.array(chunk.positions), pa.array(np.full(len(table), chunk.epoch))
+    return table.append_column("position", places[0]).append_column("epoch", places[1]).append_column("note", [notes])
+
+
+def _to_chunk(block: pa.Table) -> Chunk:
+    notes = [_read_note(text) if text else None for text in block["note"].to_pylist()]
+    table = block.select(SAMPLE_SCHEMA.names)
+    samples = [Failure(*note["failure"]) if note else to_sample(table, row) for row, note in enumerate(notes)]
+    return Chunk(block["epoch"][0].as_py(), block["position"].to_numpy(), samples)
+
+
+_NOTHING = Sample("", None, 0, 0, None)  # stands where there is but a note
+
+
+def _note(**content: object) -> str:
+    return json.dumps(content)
+
+
+def _read_note(text: str) -> dict[str, Any]:
+    """Raises what a task could not."""
+    note: dict[str, Any] = json.loads(text)
+    if "error" in note:
+        raise InputError(note["error"])
+    return note
 
 
 @lru_cache(maxsize=2)

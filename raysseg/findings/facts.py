@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from raysseg import masks, rle
-from raysseg.data.batches import Pixels, decode_image
+from raysseg.data.decode import Pixels, decode_image
 from raysseg.data.files import decode_head
 from raysseg.findings.shapes import REGION, Bits, Regions, component_areas, measure_region, measure_shift
 from raysseg.schema import ClassMap, InputError, Sample

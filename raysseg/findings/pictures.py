@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from raysseg import masks
-from raysseg.data.batches import Pixels, decode_image
+from raysseg.data.decode import Pixels, decode_image
 from raysseg.findings.facts import to_id_map
 from raysseg.findings.reading import Task, read
 from raysseg.report import Labels, Picture, outline, paint_labels, picture_size, resize_labels, to_data_uri

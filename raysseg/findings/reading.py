@@ -12,8 +12,9 @@ import pyarrow as pa
 from raysseg import storage
 from raysseg.config import AnySource, CocoSource, YoloSource
 from raysseg.data import read_index, read_samples
-from raysseg.data.batches import decode_image, read_ahead
+from raysseg.data.batches import read_ahead
 from raysseg.data.coco import read_boxes, to_rle
+from raysseg.data.decode import decode_image
 from raysseg.data.files import read_file
 from raysseg.data.index import Failure, SampleIndex
 from raysseg.findings.facts import Boxes, Problem, SampleFacts, to_facts

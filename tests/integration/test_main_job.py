@@ -15,9 +15,9 @@ from PIL import Image
 
 from raysseg import storage
 from raysseg.bundle import read as read_bundle
-from raysseg.config import EvaluateJob, TrainJob, parse_as
+from raysseg.config import Decode, EvaluateJob, TrainJob, parse_as
 from raysseg.data import read_class_map, read_index
-from raysseg.data.batches import build_feed, iter_chunks
+from raysseg.data.batches import Feed, build_feed, iter_batches, iter_chunks
 from raysseg.evaluate import evaluate
 from raysseg.ledger import Ledger
 from raysseg.predictor import Predictor
@@ -168,7 +168,7 @@ def test_oversampled_epochs_are_as_long_here_and_on_ray(
 def test_ray_data_delivered_the_training_bytes(trained_on_ray: TrainResult) -> None:
     log = storage.read_text(f"{trained_on_ray.run}/data.log")
     assert "Operator" in log
-    assert "_load_block" in log
+    assert "_decode_blocks" in log
     assert read_bundle(trained_on_ray.bundle).metrics["val/miou"] == trained_on_ray.metrics["val/miou"]
 
 
@@ -200,13 +200,47 @@ def test_bad_sample_on_ray_is_the_users_error(ray_cluster: None, example: Path, 
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("decode", ["cluster", "trainer"])
+def test_ray_data_delivers_what_this_process_would_read(decode: Decode, example: Path, tmp_path: Path) -> None:
+    from raysseg.data import stream
+    from raysseg.schema import InputError
+
+    data = put(example, str(tmp_path))
+    damaged = sorted((tmp_path / "train/images").iterdir())[7]
+    damaged.write_bytes(b"no image")
+    job = example_job(data, "unused", "schedule.epochs=2", "data.on_error=skip")
+
+    def feed_of(job: TrainJob) -> Feed:
+        return build_feed(job, read_index(job.data.train), read_class_map(job.classes), Ledger(), rank=0, num_workers=1)
+
+    texts: list[str] = []
+    feed = feed_of(job)
+    here, there = (
+        [batch for step in iter_batches(feed, chunks) for batch in step]
+        for chunks in (iter_chunks(feed), stream.iter_chunks(feed, texts.append, decode=decode, threads=2))
+    )
+    assert len(here) == len(there)
+    for ours, rays in zip(here, there, strict=True):
+        for name in ("images", "labels", "weights", "positions"):
+            assert np.array_equal(getattr(ours, name), getattr(rays, name))
+    skipped = [[failure for batch in batches for failure in batch.failures] for batches in (here, there)]
+    assert len(skipped[0]) == 2
+    assert skipped[0] == skipped[1]
+    assert "Operator" in texts[0]
+
+    stopping = feed_of(example_job(data, "unused", "schedule.epochs=2"))
+    with pytest.raises(InputError, match=f"{damaged.stem}: the image can't be decoded"):
+        list(stream.iter_chunks(stopping, texts.append, decode=decode, threads=2))
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_data_that_wait_leave_the_processor_to_training(example: Path) -> None:
     from raysseg.data import stream
 
     job = example_job(str(example), "unused", "data.crop=[512, 512]", "schedule.epochs=50")
     index = read_index(job.data.train)
     feed = build_feed(job, index, read_class_map(job.classes), Ledger(), rank=0, num_workers=1)
-    chunks = stream.iter_chunks(feed, report=lambda _: None)
+    chunks = stream.iter_chunks(feed, report=lambda _: None, decode="cluster", threads=2)
     next(chunks)
     time.sleep(4)  # by then as much is ready as may wait
     before = time.process_time()

@@ -25,7 +25,7 @@ from raysseg.config import (
     YoloSource,
     parse,
 )
-from raysseg.data import FORMATS, batches, read_class_map, read_index, read_samples
+from raysseg.data import FORMATS, decode, read_class_map, read_index, read_samples, shards
 from raysseg.data.index import Failure
 from raysseg.schema import InputError, Sample
 from raysseg.shard import shard
@@ -58,7 +58,7 @@ def test_exif_orientation_is_applied(orientation: int, file_format: str) -> None
     data = encoded(Image.fromarray(smooth()), file_format, exif=exif)
     with Image.open(io.BytesIO(data)) as image:
         upright = np.array(ImageOps.exif_transpose(image))
-    found = batches.decode_image(data)
+    found = decode.decode_image(data)
     assert found.shape == ((24, 16, 3) if orientation > 4 else (16, 24, 3))
     assert np.array_equal(found, upright)
 
@@ -66,7 +66,7 @@ def test_exif_orientation_is_applied(orientation: int, file_format: str) -> None
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
 def test_lossless_rgb_is_kept_to_the_bit(file_format: str) -> None:
     options = {"lossless": True} if file_format == "WEBP" else {}
-    found = batches.decode_image(encoded(Image.fromarray(PIXELS), file_format, **options))
+    found = decode.decode_image(encoded(Image.fromarray(PIXELS), file_format, **options))
     assert found.dtype == np.uint8
     assert np.array_equal(found, PIXELS)
 
@@ -75,20 +75,20 @@ def test_transparency_is_dropped() -> None:
     alpha = Image.fromarray(PIXELS[..., 0].copy())
     image = Image.fromarray(PIXELS)
     image.putalpha(alpha)
-    assert np.array_equal(batches.decode_image(encoded(image)), PIXELS)
+    assert np.array_equal(decode.decode_image(encoded(image)), PIXELS)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA"])
 def test_grey_becomes_rgb(mode: str) -> None:
     grey = PIXELS[..., 0].copy()
-    found = batches.decode_image(encoded(Image.fromarray(grey).convert(mode)))
+    found = decode.decode_image(encoded(Image.fromarray(grey).convert(mode)))
     assert np.array_equal(found, np.repeat(grey[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 def test_16_bit_grey_is_cut_to_8(file_format: str) -> None:
     grey = np.array([[0, 255, 256], [4660, 65280, 65535]], np.uint16)
-    found = batches.decode_image(encoded(Image.fromarray(grey), file_format))
+    found = decode.decode_image(encoded(Image.fromarray(grey), file_format))
     assert found.dtype == np.uint8
     assert np.array_equal(found[..., 1], [[0, 0, 1], [18, 255, 255]])
     assert (found == found[..., :1]).all()
@@ -98,19 +98,19 @@ def test_palette_becomes_its_colours() -> None:
     image = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     expected = [[(10, 20, 30), (40, 50, 60)], [(70, 80, 90), (10, 20, 30)]]
-    assert np.array_equal(batches.decode_image(encoded(image)), expected)
-    assert np.array_equal(batches.decode_image(encoded(image, transparency=1)), expected)
+    assert np.array_equal(decode.decode_image(encoded(image)), expected)
+    assert np.array_equal(decode.decode_image(encoded(image, transparency=1)), expected)
 
 
 def test_cmyk_jpeg_becomes_rgb() -> None:
     data = encoded(Image.fromarray(smooth()).convert("CMYK"), "JPEG", quality=95)
     with Image.open(io.BytesIO(data)) as image:
         assert image.mode == "CMYK"
-    assert np.abs(batches.decode_image(data).astype(int) - smooth()).mean() < 4
+    assert np.abs(decode.decode_image(data).astype(int) - smooth()).mean() < 4
 
 
 def test_1_bit_image() -> None:
-    found = batches.decode_image(encoded(Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")))
+    found = decode.decode_image(encoded(Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")))
     assert np.array_equal(found[..., 0], [[0, 255], [255, 0]])
 
 
@@ -133,7 +133,7 @@ def test_1_bit_image() -> None:
 )
 def test_image_that_can_not_be_used(data: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        batches.decode_image(data)
+        decode.decode_image(data)
 
 
 def pair(image: npt.NDArray[np.uint8], mask_size: tuple[int, int]) -> Sample:
@@ -144,10 +144,10 @@ def pair(image: npt.NDArray[np.uint8], mask_size: tuple[int, int]) -> Sample:
 def test_pair_of_two_sizes() -> None:
     classes = read_class_map(CLASSES)
     with pytest.raises(InputError, match=r"^a/b: the image is 9x6, its mask 9x7 \(width x height\); resize the mask"):
-        batches.decode_pair(pair(PIXELS, (7, 9)), classes)
+        decode.decode_pair(pair(PIXELS, (7, 9)), classes)
     with pytest.raises(InputError, match=r"^a/b: the image is 9x6, its mask 6x9 .*EXIF rotation.*turn the mask"):
-        batches.decode_pair(pair(PIXELS, (9, 6)), classes)
-    image, truth = batches.decode_pair(pair(PIXELS, (6, 9)), classes)
+        decode.decode_pair(pair(PIXELS, (9, 6)), classes)
+    image, truth = decode.decode_pair(pair(PIXELS, (6, 9)), classes)
     assert (image.shape, truth.labels.shape) == ((6, 9, 3), (6, 9))
 
 
@@ -155,9 +155,9 @@ def test_pair_error_names_the_sample() -> None:
     classes = read_class_map(CLASSES)
     mask = masks.encode_id_map(np.zeros((6, 9), np.uint8))
     with pytest.raises(InputError, match=r"^a/b: the image can't be decoded"):
-        batches.decode_pair(Sample("a/b", b"", 0, 0, mask), classes)
+        decode.decode_pair(Sample("a/b", b"", 0, 0, mask), classes)
     with pytest.raises(InputError, match=r"^a/b: has no image"):
-        batches.decode_pair(Sample("a/b", None, 0, 0, mask), classes)
+        decode.decode_pair(Sample("a/b", None, 0, 0, mask), classes)
 
 
 # ---- folders of images and masks
@@ -296,6 +296,18 @@ def shard_job(root: str, **more: object) -> ShardJob:
     return job
 
 
+def test_row_groups_of_large_samples_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`open_shards` of them are in memory at a time."""
+    write_masks(str(tmp_path))
+    monkeypatch.setattr(shards, "GROUP_BYTES", 1)
+    shard(shard_job(str(tmp_path)))
+    index = read_index(ShardsSource(format="shards", uri=f"{tmp_path}/shards"))
+    assert index.references["row"].to_pylist() == [0] * len(index)
+    assert len(set(index.groups)) == len(index)
+    folders = read_samples(read_index(source(str(tmp_path))))
+    assert [sample.image for sample in read_samples(index)] == [sample.image for sample in folders]
+
+
 def write_as(output: str, root: str) -> None:
     write_masks(root)
     shard(
@@ -393,7 +405,7 @@ def test_format_holds_what_was_written(name: str, root: str) -> None:
     for sample, truth in zip(found, expected, strict=True):
         labels = masks.to_dense(sample, classes).labels
         assert np.array_equal(labels, masks.to_dense(truth, classes).labels)
-        assert np.array_equal(batches.decode_pair(sample, classes)[1].labels, labels)
+        assert np.array_equal(decode.decode_pair(sample, classes)[1].labels, labels)
         assert (sample.height, sample.width) in ((0, 0), labels.shape)
 
 

@@ -274,6 +274,13 @@ def test_list_of_names() -> None:
     assert [classes.ignore_index for classes in many] == [255, 255, 65535], "an id that no class has"
 
 
+def test_class_list_without_an_ignore_index_has_255(tmp_path: Path) -> None:
+    for raw in ({}, {"ignore_index": None}):
+        path = tmp_path / "classes.json"
+        path.write_text(json.dumps({"classes": [entry(0, "a")], **raw}))
+        assert read_class_map(str(path)).ignore_index == 255
+
+
 def test_class_list_file(tmp_path: Path) -> None:
     entries = [
         {"id": 7, "name": "road", "colour": [128, 64, 128], "more": 1},
@@ -309,7 +316,7 @@ def entry(number: object, name: str, **more: object) -> dict[str, object]:
         ({"classes": [entry(70000, "a")]}, "class ids are 0 to 65535"),
         ({"classes": [entry(0, "a")], "ignore_index": -1}, "ignore_index is 0 to 65535; received -1"),
         ({"classes": [entry(0, "a")], "ignore_index": 65536}, "ignore_index is 0 to 65535; received 65536"),
-        ({"classes": [entry(0, "a")], "ignore_index": None}, "is no class list"),
+        ({"classes": [entry(0, "a")], "ignore_index": "none"}, "is no class list"),
         ({"classes": [entry(0, "a", colour="red")]}, "the colour of 'a' is 'red'; write \\[red, green, blue\\]"),
         ({"classes": [entry(0, "a", colour=[0, 0, 256])]}, "the colour of 'a' is \\[0, 0, 256\\]"),
         ({"classes": [entry(0, "a", colour=[0, 0])]}, "the colour of 'a'"),

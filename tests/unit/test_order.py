@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -455,6 +456,22 @@ def test_order_of_the_ranks_rows_is_the_dealers(folder: str) -> None:
             assert [batch.positions.tolist() for batch in micro_batches] == [share.tolist() or [-1] for share in shares]
 
 
+def test_parts_end_where_micro_batches_do(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = read_index(source(folder))
+    feed = feed_of(index, start=Ledger(2, 3), rank=1, num_workers=3)
+    row_bytes = 4 * RECIPE.crop[0] * RECIPE.crop[1]
+    for most_rows in (1, 2, 4, 100):
+        monkeypatch.setattr(batches, "PART_BYTES", most_rows * row_bytes)
+        for number in range(feed.num_chunks):
+            chunk = batches.read_chunk(feed, number)
+            parts = [part.positions.tolist() for part in batches.iter_parts(feed, chunk)]
+            assert [p for part in parts for p in part] == chunk.positions.tolist()
+            assert max(map(len, parts)) <= max(2, most_rows)
+            begin = 3 if chunk.epoch == 2 else 0
+            micro = [{((p - begin) // 6, (p - begin) % 6 // 3 // 2) for p in part} for part in parts]
+            assert all(not a & b for a, b in pairwise(micro))
+
+
 def test_a_run_that_is_over_has_no_chunks(folder: str) -> None:
     feed = feed_of(read_index(source(folder)), start=Ledger(EPOCHS))
     assert feed.num_chunks == 0
@@ -464,7 +481,7 @@ def test_a_run_that_is_over_has_no_chunks(folder: str) -> None:
 def test_augmenting_off_gives_the_top_left_corner(folder: str) -> None:
     index = read_index(source(folder))
     feed = replace(feed_of(index), recipe=replace(RECIPE, augment=None))
-    chunk = batches.load_chunk(feed, 0)
+    chunk = batches.decode_chunk(feed, batches.read_chunk(feed, 0))
     rows = epoch_order(index, open_groups=4, seed=3, epoch=0).rows
     for row, position in enumerate(chunk.positions.tolist()):
         with Image.open(f"{folder}/images/{rows[position]:02d}.png") as image:
@@ -564,7 +581,7 @@ def test_bad_sample_stops_and_is_named(damaged: str) -> None:
         feed = feed_of(index.take(np.array([number])))
         feed = replace(feed, index=replace(feed.index, groups=np.zeros(1, np.int64)))
         with pytest.raises(InputError, match=message):
-            batches.load_chunk(feed, 0)
+            batches.decode_chunk(feed, batches.read_chunk(feed, 0))
 
 
 def test_evaluation_batches_are_fixed_by_the_index(damaged: str) -> None:
