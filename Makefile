@@ -29,6 +29,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_metrics
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_startup
+	$(BIN)/python -m benchmarks.bench_input
 
 clean:
 	rm -rf .venv demo runs
