@@ -29,7 +29,9 @@ from raysseg.schema import InputError, Sample
 
 Block = dict[str, npt.NDArray[Any]]
 
-_AHEAD_CHUNKS = 6  # a worker's chunks that may wait in the object store
+_AHEAD_CHUNKS = (3, 6)  # a worker's chunks that may wait in the object store: at least, and at most
+_AHEAD_BYTES = 2**30  # that they take between the two
+_ENCODED_BYTES = 2**27  # of a chunk as it is stored: 16 row groups of 8 MiB
 _PAUSE_S = 0.1  # short beside the time that those last
 
 
@@ -61,7 +63,7 @@ def iter_chunks(feed: Feed, report: Callable[[str], None], *, decode: Decode, th
     """
     if feed.num_chunks == 0:
         return
-    _limit(feed)
+    _limit(_chunk_bytes(feed) if decode == "cluster" else _ENCODED_BYTES)
     load = partial(_decode_blocks if decode == "cluster" else _read_block, [ray.put(feed)])
     numbers = ray.data.range(feed.num_chunks, override_num_blocks=feed.num_chunks)
     stream = numbers.map_batches(load, batch_size=None, num_cpus=1).iterator()
@@ -75,17 +77,23 @@ def iter_chunks(feed: Feed, report: Callable[[str], None], *, decode: Decode, th
         report(stream.stats())
 
 
-def _limit(feed: Feed) -> None:
+def _limit(chunk_bytes: int) -> None:
     """Keeps this worker's execution to its share, in order and quiet."""
-    height, width = feed.recipe.crop
-    rows = feed.num_positions / feed.chunks_per_epoch / feed.num_workers
+    least, most = _AHEAD_CHUNKS
+    ahead = min(max(_AHEAD_BYTES // chunk_bytes, least), most)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [_Pace]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=max(256 * 2**20, int(_AHEAD_CHUNKS * rows * height * width * 5))
+        object_store_memory=max(2**28, ahead * chunk_bytes)
     )
+
+
+def _chunk_bytes(feed: Feed) -> int:
+    """Of a decoded chunk, roughly."""
+    height, width = feed.recipe.crop
+    return int(feed.num_positions / feed.chunks_per_epoch / feed.num_workers * height * width * 5)
 
 
 def _decode_blocks(feed_ref: list[ray.ObjectRef[Feed]], numbers: Block) -> Iterator[Block]:
