@@ -7,7 +7,7 @@ write the transforms, they are PIL and torchvision.transforms.v2.
 What did not help, on two cores: simplejpeg or TurboJPEG for whole images (as fast as cv2 within 10 %); cv2.LUT in
 place of numpy's take (a tenth of a millisecond a map); palette PNGs decoded as grey ones by cv2 (0.29 against 0.41 ms
 of Pillow's on CamVid; shards hold no PNGs). What did: decoding windows (17 against 58 ms on HRF), parts of 8 MiB in
-place of whole chunks (page faults took a quarter of the time), id maps in zstd, doing without Pillow's reading of heads.
+place of whole chunks (page faults took a quarter of the time), id maps in zstd, heads of files read without Pillow.
 """
 
 from __future__ import annotations
