@@ -108,7 +108,7 @@ def on_ray(setting: Setting, decode: config.Decode) -> Epochs:
 
 
 def read(uri: str) -> bytes:
-    return storage.read_bytes(uri) if storage.is_remote(uri) else Path(uri).read_bytes()
+    return storage.read_bytes(uri, may_change=False) if storage.is_remote(uri) else Path(uri).read_bytes()
 
 
 def list_stems(setting: Setting) -> list[str]:

@@ -177,8 +177,13 @@ def open_input(uri: str) -> pa.NativeFile:
         return system.open_input_file(path)
 
 
-def read_bytes(uri: str) -> bytes:
-    """The content of a file: of one version, whole, even while another one replaces it."""
+def read_bytes(uri: str, *, may_change: bool = True) -> bytes:
+    """The content of a file: of one version, whole, even while another one replaces it.
+
+    Args:
+        uri: of the file.
+        may_change: False for files that nobody replaces: two requests to remote storage instead of three.
+    """
     if not is_remote(uri):
         with translated(uri):
             return Path(absolute(uri)).read_bytes()
@@ -186,6 +191,8 @@ def read_bytes(uri: str) -> bytes:
         try:
             with translated(uri), open_input(uri) as stream:
                 content: bytes = stream.read()
+                if not may_change:
+                    return content
                 # pyarrow asks for the size and then for that many bytes, which may be another version's by now.
                 with open_input(uri) as again:
                     if again.metadata() == stream.metadata():

@@ -21,7 +21,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # EXIF's tag
 _TURNED = (5, 6, 7, 8)  # its values that swap the sides
 _MAGIC = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"II", ".tif"), (b"MM", ".tif"), (b"RIFF", ".webp"))
-_READERS = 8  # threads a call; reading waits on storage, not on the CPU
+_READERS = 16  # threads a call; reading waits on storage, not on the CPU
 
 
 def files_by_stem(folder: str, suffixes: frozenset[str], end: str = "") -> dict[str, str]:
@@ -53,8 +53,10 @@ def files_by_stem(folder: str, suffixes: frozenset[str], end: str = "") -> dict[
 
 
 def read_file(folder: str | None, name: str | None) -> bytes | None:
-    """The bytes of a file; None where there is none."""
-    return None if folder is None or name is None else storage.read_bytes(storage.join(folder, name))
+    """The bytes of a sample's file; None where there is none."""
+    if folder is None or name is None:
+        return None
+    return storage.read_bytes(storage.join(folder, name), may_change=False)
 
 
 class Head(NamedTuple):
