@@ -19,7 +19,8 @@ _CROP = 512  # pixels: what most published recipes crop to
 _STEP = 32  # models' strides divide it
 _LARGE = 2048  # pixels of the longer side, beyond which halving pays
 _UNEVEN = 10.0  # ratio of the largest to the smallest class, from which weights help more than they harm
-_RARE = 0.02  # of the images: fewer hold the class
+_RARE = 0.1  # of the images: fewer hold the class
+_MOST_REPEATS = 4  # of an image in an epoch: more would learn single images by heart
 _BLOCKING = frozenset({"missing_pair", "unreadable", "size_mismatch", "exif_rotation", "invalid_segmentation"})
 
 
@@ -50,6 +51,7 @@ def advise(train: SplitFacts, findings: Sequence[Finding]) -> Advice:
     choices = [
         *_choose_size(train),
         *_choose_crops(train),
+        *_choose_repeats(train),
         *_choose_loss(train),
         *_choose_metric(train),
         *_choose_on_error(findings),
@@ -123,9 +125,24 @@ def _choose_crops(train: SplitFacts) -> Iterator[Choice]:
         text = f"Never scaled down by much, for strokes of fewer than 4 pixels: {_listed(thin)}."
         yield Choice("data.augment.scale", [0.75, 2.0], text)
     tiny = [found.name for found in train.classes if found.is_tiny]
-    if tiny or 0.8 < train.dominant_share < 1:
-        why = f"Less than 0.5 % of the pixels: {_listed(tiny)}" if tiny else _dominance(train)
-        yield Choice("data.augment.min_object_share", 0.3, f"{why}; most crops would miss what matters.")
+    if tiny:
+        text = f"Half of the crops lie around a class drawn evenly: these fill less than 0.5 % each: {_listed(tiny)}."
+        yield Choice("data.augment.class_crop", 0.5, text)
+    elif 0.8 < train.dominant_share < 1:
+        text = f"{_dominance(train)}; most crops would miss what matters."
+        yield Choice("data.augment.min_object_share", 0.3, text)
+
+
+def _choose_repeats(train: SplitFacts) -> Iterator[Choice]:
+    """Repeat factors, sqrt(threshold / share), that stay within bounds."""
+    shares = {found.name: found.images / train.num_samples for found in train.classes if found.images}
+    rare = [name for name, share in shares.items() if share < _RARE]
+    if rare:
+        threshold = float(f"{min(_RARE, _MOST_REPEATS**2 * min(shares.values())):.2g}")
+        times = (threshold / min(shares.values())) ** 0.5
+        shown = _listed([f"{name} ({shares[name]:.1%})" for name in sorted(rare, key=shares.__getitem__)])
+        text = f"In fewer than {_RARE:.0%} of the images: {shown}; the rarest come {times:.2g} times an epoch."
+        yield Choice("data.oversample", threshold, text)
 
 
 def _choose_loss(train: SplitFacts) -> Iterator[Choice]:
@@ -170,10 +187,6 @@ def _choose_on_error(findings: Sequence[Finding]) -> Iterator[Choice]:
 
 def _remarks(train: SplitFacts, findings: Sequence[Finding]) -> Iterator[str]:
     yield train.verdict + "."
-    rare = [found for found in train.classes if 0 < found.images < _RARE * train.num_samples]
-    if rare:
-        shown = _listed([f"{found.name} ({found.images} images)" for found in rare])
-        yield f"Draw samples of these more often, or collect more: {shown}."
     absent = [found.name for found in train.classes if not found.pixels]
     if absent:
         yield f"No pixel of {_listed(absent)}: nothing can be learnt of them here."

@@ -17,6 +17,7 @@ from benchmarks.bench_inspect import COCO_FAULTS, MASK_FAULTS, Copy, Fault, flag
 from raysseg import cli, config
 from raysseg.config import InspectJob
 from raysseg.data.example import EXAMPLE_CLASSES, draw_example
+from raysseg.findings.advice import advise, to_train_job
 from raysseg.findings.facts import SampleFacts, perceptual_hash, to_facts
 from raysseg.findings.kinds import KINDS, Flag, to_findings
 from raysseg.findings.reading import Task, iter_share, open_index, sorted_facts
@@ -111,6 +112,21 @@ def test_two_folders_without_a_class_list(tmp_path: Path) -> None:
     train = config.parse(yaml.safe_load(result.train_job))
     assert isinstance(train, config.TrainJob)
     assert str(train.classes).endswith("classes.json")
+
+
+def test_rare_and_tiny_classes_are_drawn_more_often() -> None:
+    speck = np.zeros((64, 64), np.uint8)
+    speck[:4, :4] = 1
+    facts = [facts_of(speck if row == 0 else np.zeros((64, 64), np.uint8), "train", row) for row in range(40)]
+    source = config.MasksSource(images="/d/images", masks="/d/masks")
+    job = InspectJob(kind="inspect", name="x", task="semantic", data=source, storage="/d/runs")
+    text = to_train_job(job, advise(summarise("train", facts, CLASSES), []), CLASSES.names)
+    train = config.parse(yaml.safe_load(text))
+    assert isinstance(train, config.TrainJob)
+    assert train.data.oversample == 0.1
+    assert train.data.augment is not None
+    assert train.data.augment.class_crop == 0.5
+    assert "# In fewer than 10% of the images: thing (2.5%); the rarest come 2 times an epoch." in text
 
 
 def test_classes_that_train_lacks() -> None:
