@@ -28,6 +28,7 @@ from raysseg.findings.kinds import KINDS
 from raysseg.fingerprint import inspect
 
 VISUAL = frozenset({"merged_instances", "scattered_instance", "holes_or_jagged", "shifted_mask"})
+NEW_CLASS: dict[str, Any] = {"id": 99, "name": "planted"}
 Rng = np.random.Generator
 Ids = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -67,6 +68,8 @@ class Copy:
         return [a for a in self.annotations["train"]["annotations"] if a["image_id"] == image_id]
 
     def save(self) -> None:
+        if self.classes:
+            (self.root / "classes.json").write_text(json.dumps(self.classes))
         for split, content in self.annotations.items():
             (self.root / split / "instances.json").write_text(json.dumps(content))
 
@@ -150,15 +153,54 @@ def duplicate(copy: Copy, stem: str, rng: Rng) -> set[str] | None:
     return {f"train/{stem}", f"train/{new}"}
 
 
-def leak(copy: Copy, stem: str, rng: Rng) -> set[str] | None:
-    def change(image: Image.Image) -> Image.Image:
-        factor, light = rng.uniform(0.7, 1.3), rng.uniform(0.8, 1.2)
-        scaled = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-        return scaled.point(lambda value: min(255, int(value * light)))
+def look_alike(image: Image.Image, rng: Rng) -> Image.Image:
+    """The image in another size and light."""
+    factor, light = rng.uniform(0.7, 1.3), rng.uniform(0.8, 1.2)
+    scaled = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    return scaled.point(lambda value: min(255, int(value * light)))
 
+
+def nearly_duplicate(copy: Copy, stem: str, rng: Rng) -> set[str] | None:
     new = f"{rng.integers(10**9)}"
-    add_copy(copy, stem, "val", new, None if rng.random() < 0.4 else change)
+    add_copy(copy, stem, "train", new, lambda image: look_alike(image, rng))
+    return {f"train/{stem}", f"train/{new}"}
+
+
+def leak(copy: Copy, stem: str, rng: Rng) -> set[str] | None:
+    new = f"{rng.integers(10**9)}"
+    add_copy(copy, stem, "val", new, None if rng.random() < 0.4 else lambda image: look_alike(image, rng))
     return {f"val/{new}"}
+
+
+def move_class_to_val(copy: Copy, stem: str, rng: Rng) -> set[str] | None:
+    """Moves the sample to val, where one of its classes is another one, which train does not have."""
+    new, path = f"{rng.integers(10**9)}", copy.image("train", stem)
+    if copy.annotations:
+        if not copy.own(stem):
+            return None
+        move_record(copy, stem, f"{new}{path.suffix}", rng)
+    else:
+        if NEW_CLASS not in copy.classes["classes"]:
+            copy.classes["classes"].append(NEW_CLASS)
+        new_id = NEW_CLASS["id"]
+        edit_mask(copy, stem, lambda ids: np.where(ids == rng.choice(ids[ids != copy.ignore_index]), new_id, ids))
+        copy.mask(stem).rename(copy.root / "val/masks" / f"{new}.png")
+    path.rename(copy.root / "val/images" / f"{new}{path.suffix}")
+    return {f"val/{new}"}
+
+
+def move_record(copy: Copy, stem: str, name: str, rng: Rng) -> None:
+    """A COCO image and its annotations go from train to val, one of them in a new category."""
+    train, val = copy.annotations["train"], copy.annotations["val"]
+    for content in (train, val):
+        if NEW_CLASS not in content["categories"]:
+            content["categories"].append(NEW_CLASS)
+    record, own = copy.record(stem), copy.own(stem)
+    remove(copy, own)
+    train["images"].remove(record)
+    own[int(rng.integers(len(own)))] |= {"category_id": NEW_CLASS["id"], "iscrowd": 0}
+    val["images"].append({**record, "id": record["id"] + 10**9, "file_name": name})
+    val["annotations"] += [{**a, "id": a["id"] + 10**9, "image_id": record["id"] + 10**9} for a in own]
 
 
 # --- faults of masks ----------------------------------------------------------------------------------------------
@@ -406,7 +448,9 @@ FILE_FAULTS: dict[str, Fault] = {
     "size_mismatch": resize_image,
     "exif_rotation": turn_by_exif,
     "duplicate_image": duplicate,
+    "near_duplicate": nearly_duplicate,
     "leak": leak,
+    "missing_class": move_class_to_val,
 }
 MASK_FAULTS: dict[str, Fault] = {
     "wrong_ignore_index": ignore_otherwise,
@@ -472,8 +516,7 @@ def plant(copy: Copy, kinds: Mapping[str, Fault], number: int, rng: Rng) -> list
             if samples := fault(copy, stem, rng):
                 copy.planted[kind].append(samples)
                 free.remove(stem)
-    if copy.annotations:
-        copy.save()
+    copy.save()
     return left
 
 

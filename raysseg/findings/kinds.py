@@ -131,6 +131,12 @@ KINDS: Mapping[str, Kind] = {
         "show the same pixels as another sample of the split",
         "keep one of them; if their masks differ, see which one is right",
     ),
+    "near_duplicate": Kind(
+        "note",  # frames of a video are like that
+        "Nearly the same image more than once",
+        "show nearly the image of another sample of the split",
+        "keep one of them, or see that none of its likes goes into val",
+    ),
     "leak": Kind(
         "error",
         "The same image in train and val",
@@ -156,7 +162,7 @@ KINDS: Mapping[str, Kind] = {
         "smooth or redraw it; store masks without lossy compression and resize without interpolation",
     ),
     "merged_instances": Kind(
-        "note",  # shape alone tells few of them, and flags many that are whole
+        "note",  # shape tells some of those of compact classes, such as nuclei, and none of the others
         "Several things in one instance",
         "have an instance that looks like two that touch",
         "look at it, and cut it in two if it is two",

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from raysseg.findings.facts import HASH_BITS, SampleFacts
 from raysseg.findings.kinds import Flag
-from raysseg.findings.shapes import Regions
+from raysseg.findings.shapes import THIN, Regions
 from raysseg.schema import ClassMap
 
 Split = Sequence[SampleFacts]
 
 _CUSTOMARY_IGNORE = frozenset({0, 254, 255, 65535})
 _NEAR_BITS = 22  # of HASH_BITS that may differ between two versions of an image; others differ in half of them
-_BLOCK = 2048  # images compared with all others at once
+_BLOCK = 2048  # images compared with as many others at once
 _SINGLE_SHARE = 0.1  # where more of the masks hold a single class, that is how the data are
 _SHIFT_GAIN = 1.4  # in spreads of the edges' strength over all places
 _SHIFT_LEAST = 3  # pixels; annotators are not more exact than that
@@ -27,12 +28,12 @@ _LEAST_AREA = 200  # pixels: shapes of smaller regions are too coarse to judge
 _ROUGH_LEAST = 0.5
 _HOLES_LEAST = 4  # in an instance
 _HOLES_LEAST_OF_CLASS = 15  # in all that a label image holds of a class
-_FAR_LEAST = 0.24
+_FAR_LEAST = 0.45
 _CLUSTERS_LEAST = 3
 _FEWEST = 12  # regions of a class from which its own manner can be told
-_COMPACT = 0.85  # typical solidity of a class whose instances have no necks
-_DENT = 0.12  # of solidity, that an instance lacks if it is two
-_NECK_MOST = 0.6
+_COMPACT = 0.9  # typical solidity of a class whose instances have no necks
+_LOBE_SLACK = 0.03  # of solidity, by which parts may fall short of their class
+_LOBE_GAIN = 0.06  # of solidity, by which parts are rounder than the whole
 
 
 def flag_all(splits: Mapping[str, Split], classes: ClassMap) -> Iterator[Flag]:
@@ -134,10 +135,16 @@ def _names(sample: SampleFacts, classes: ClassMap) -> str:
 
 
 def flag_duplicates(facts: Split) -> Iterator[Flag]:
-    """Samples of one split that show the same pixels."""
-    for group in _by_digest(facts).values():
+    """Samples of one split that show the image of an earlier one, exactly or nearly."""
+    groups = _by_digest(facts)
+    for group in groups.values():
         for sample in group[1:]:
             yield Flag("duplicate_image", sample.split, sample.sample_id, f"the same pixels as {group[0].sample_id}")
+    different = [group[0] for group in groups.values()]
+    for sample, near in zip(different, _nearest(different, different, only_earlier=True), strict=True):
+        if near.bits <= _NEAR_BITS:
+            text = f"nearly {different[near.place].sample_id} ({near.bits} of {HASH_BITS} bits differ)"
+            yield Flag("near_duplicate", sample.split, sample.sample_id, text)
 
 
 def flag_leaks(train: Split, other: Split) -> Iterator[Flag]:
@@ -151,9 +158,10 @@ def flag_leaks(train: Split, other: Split) -> Iterator[Flag]:
         elif sample.look:
             rest.append(sample)
     known = [sample for sample in train if sample.look]
-    for sample, (place, distance) in zip(rest, _nearest(rest, known), strict=True):
-        if distance <= _NEAR_BITS:
-            text = f"nearly {known[place].split}/{known[place].sample_id} ({distance} of {HASH_BITS} bits differ)"
+    for sample, near in zip(rest, _nearest(rest, known), strict=True):
+        if near.bits <= _NEAR_BITS:
+            origin = known[near.place]
+            text = f"nearly {origin.split}/{origin.sample_id} ({near.bits} of {HASH_BITS} bits differ)"
             yield Flag("leak", sample.split, sample.sample_id, text)
 
 
@@ -165,18 +173,26 @@ def _by_digest(facts: Split) -> dict[bytes, list[SampleFacts]]:
     return groups
 
 
-def _nearest(queries: Split, known: Split) -> list[tuple[int, int]]:
-    """For each sample the place of the one with the nearest hash, and how many bits differ."""
-    if not queries or not known:
-        return [(0, HASH_BITS)] * len(queries)
-    table = _signs(known)
-    found: list[tuple[int, int]] = []
+class _Near(NamedTuple):
+    """The place of the sample with the nearest hash, and how many bits differ; HASH_BITS where there is none."""
+
+    place: int
+    bits: int
+
+
+def _nearest(queries: Split, known: Split, *, only_earlier: bool = False) -> Iterator[_Near]:
+    """The nearest of the known for each sample; `only_earlier`: both are the same, and it lies before the sample."""
     for start in range(0, len(queries), _BLOCK):
-        agreement = _signs(queries[start : start + _BLOCK]) @ table.T  # bits alike less bits that differ
-        best = agreement.argmax(axis=1)
-        values = agreement[np.arange(len(best)), best]
-        found += zip(best.tolist(), ((HASH_BITS - values) / 2).astype(int).tolist(), strict=True)
-    return found
+        signs = _signs(queries[start : start + _BLOCK])
+        places, best = np.zeros(len(signs), np.int64), np.full(len(signs), -HASH_BITS, np.float32)
+        for low in range(0, start + 1 if only_earlier else len(known), _BLOCK):
+            agreement = signs @ _signs(known[low : low + _BLOCK]).T  # bits alike less bits that differ
+            if only_earlier and low == start:
+                agreement[np.triu_indices_from(agreement)] = -HASH_BITS
+            values = agreement.max(axis=1)
+            is_nearer = values > best
+            places[is_nearer], best[is_nearer] = agreement.argmax(axis=1)[is_nearer] + low, values[is_nearer]
+        yield from map(_Near, places.tolist(), ((HASH_BITS - best) / 2).astype(int).tolist())
 
 
 def _signs(facts: Split) -> npt.NDArray[np.float32]:
@@ -226,7 +242,8 @@ def flag_shapes(facts: Split, classes: ClassMap) -> Iterator[Flag]:
 def _outliers(regions: Regions, manner: Regions) -> Iterator[tuple[str, npt.NDArray[np.int64], str]]:
     """Places of the regions, all of one class, that each kind means; `manner` is what they are held against."""
     is_large = regions["area"] >= _LEAST_AREA
-    rough = is_large & (regions["rough"] > _limit(manner["rough"], 2, _ROUGH_LEAST))
+    is_wide = regions["width"] >= THIN  # smoothing leaves little of thinner strokes, however well drawn
+    rough = is_large & is_wide & (regions["rough"] > _limit(manner["rough"], 2, _ROUGH_LEAST))
     yield "holes_or_jagged", np.flatnonzero(rough), "has a far rougher outline than its class has elsewhere"
     least = _HOLES_LEAST if regions["number"].any() else _HOLES_LEAST_OF_CLASS
     holed = is_large & ~rough & (regions["holes"] > _limit(manner["holes"], 3, least))
@@ -235,9 +252,10 @@ def _outliers(regions: Regions, manner: Regions) -> Iterator[tuple[str, npt.NDAr
     yield "scattered_instance", np.flatnonzero(scattered), "lies in pieces far apart"
     typical = float(np.median(regions["solidity"]))
     if typical >= _COMPACT and len(regions) >= _FEWEST:  # else necks are how the class looks
-        bent = regions["solidity"] < typical - _DENT
-        merged = is_large & ~scattered & bent & (regions["neck"] < _NECK_MOST)
-        yield "merged_instances", np.flatnonzero(merged), "has a neck between two parts, unlike its class elsewhere"
+        parts_are_typical = regions["lobes"] > typical - _LOBE_SLACK
+        parts_are_rounder = regions["lobes"] - regions["solidity"] > _LOBE_GAIN
+        merged = is_large & (regions["neck"] < 1) & parts_are_typical & parts_are_rounder
+        yield "merged_instances", np.flatnonzero(merged), "falls into two parts at a neck, each as round as its class"
 
 
 def _limit(values: npt.NDArray[np.floating | np.integer], factor: float, least: float) -> float:

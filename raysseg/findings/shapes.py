@@ -24,6 +24,7 @@ REGION = np.dtype(
         ("clusters", np.int32),
         ("far", np.float32),
         ("neck", np.float32),
+        ("lobes", np.float32),
         ("solidity", np.float32),
     ]
 )
@@ -31,31 +32,39 @@ REGION = np.dtype(
 
 number: of the segment, from 1 on; 0 for label images. box: x0, y0, x1, y1. width: of a typical stroke, in pixels.
 rough: pixels that smoothing turns over those of the smoothed outline. holes: small, compact ones. clusters: groups of
-pieces with gaps between them; far: the share of the area outside of the largest. neck: how far the mask must be eroded,
-as a share of its half-width, to fall into two large parts; 1 where it does not. solidity: area over that of the hull.
+pieces with gaps between them; far: the share of the area outside of the largest. neck: length of the cut that parts the
+mask in two, over the thinner part's width; 1 where there is none. lobes: the lower solidity of these parts, else 0.
+solidity: area over that of the hull.
 """
 
 Regions = npt.NDArray[np.void]
 """(N,) of REGION."""
 
+THIN = 4.0  # pixels: strokes narrower than that suffer from halving an image, or from smoothing
 _SMALL_HOLE = (4, 40)  # pixels; smaller ones are specks that many masks have, larger ones are more often true
 _SHIFT_SIDE = 512  # pixels: larger images are scaled down to look for a shift
 _REACH = 14  # pixels to each side that a shift is looked for
 _MAX_PIECES = 60  # the largest ones, when pieces are grouped
+_CONVEX = 0.94  # solidity of masks that no cut makes much more compact
+_WHOLE = 0.95  # of the area, that is one piece
+_LEAST_PART = 0.15  # of the area, that each of two things has
+_CORES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # of the greatest depth
 
 
 def measure_region(mask: Bits, class_id: int, number: int, is_crowd: bool, *, is_instance: bool) -> tuple[object, ...]:
-    """A row of REGION; `neck`, `far` and `solidity` are measured of instances alone."""
+    """A row of REGION; `far`, `neck`, `lobes` and `solidity` are measured of instances alone."""
     x, y, width, height = cv2.boundingRect(mask)
     if not width:
-        return (class_id, number, is_crowd, 0, (0, 0, 0, 0), 0.0, 0.0, 0, 0, 0.0, 1.0, 1.0)
+        return (class_id, number, is_crowd, 0, (0, 0, 0, 0), 0.0, 0.0, 0, 0, 0.0, 1.0, 0.0, 1.0)
     crop = np.pad(mask[y : y + height, x : x + width], 3)
     area = int(np.count_nonzero(crop))
     depth = cv2.distanceTransform(crop, cv2.DIST_L2, 3)
-    clusters, far, neck, solidity = (1, 0.0, 1.0, 1.0)
+    clusters, far, neck, lobes, solidity = (1, 0.0, 1.0, 0.0, 1.0)
     if is_instance and not is_crowd:
         clusters, far = _group_pieces(crop, area)
-        neck, solidity = _find_neck(depth, area), _solidity(crop, area)
+        solidity = _solidity(crop, area)
+        if solidity < _CONVEX:
+            neck, lobes = _cut_at_neck(crop, depth, area)
     return (
         class_id,
         number,
@@ -68,6 +77,7 @@ def measure_region(mask: Bits, class_id: int, number: int, is_crowd: bool, *, is
         clusters,
         far,
         neck,
+        lobes,
         solidity,
     )
 
@@ -91,14 +101,14 @@ def _count_small_holes(crop: Bits) -> int:
 
 
 def _group_pieces(crop: Bits, area: int) -> tuple[int, float]:
-    """Groups of pieces that lie further apart than the mask is large, and the share outside of the largest group."""
+    """Groups of pieces that lie far apart for the size of the largest, and the share outside of the largest group."""
     stats = cv2.connectedComponentsWithStats(crop, connectivity=8)[2][1:]
     stats = stats[np.argsort(-stats[:, cv2.CC_STAT_AREA], kind="stable")][:_MAX_PIECES]
     if len(stats) == 1:
         return 1, 0.0
     low, high = stats[:, :2], stats[:, :2] + stats[:, 2:4]
     gaps = np.maximum(low[:, None] - high[None], low[None] - high[:, None]).clip(0)  # (P, P, 2), boxes' gaps by axis
-    is_near = np.hypot(gaps[..., 0], gaps[..., 1]) <= max(6.0, 0.55 * np.sqrt(area))
+    is_near = np.hypot(gaps[..., 0], gaps[..., 1]) <= max(6.0, 0.4 * np.sqrt(stats[0, cv2.CC_STAT_AREA]))
     for _ in range(int(np.ceil(np.log2(len(stats))))):
         is_near = (is_near.astype(np.float32) @ is_near.astype(np.float32)) > 0  # near by way of others
     groups = np.unique(is_near.argmax(axis=1), return_inverse=True)[1]
@@ -107,20 +117,25 @@ def _group_pieces(crop: Bits, area: int) -> tuple[int, float]:
     return int(counted.sum()), float(1 - areas.max() / areas.sum())
 
 
-def _find_neck(depth: npt.NDArray[np.float32], area: int) -> float:
-    deepest = float(depth.max())
-    if deepest < 2.5:
-        return 1.0  # too thin to tell a neck from a stroke
-    for share in (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75):
-        _, parts, stats, _ = cv2.connectedComponentsWithStats((depth > share * deepest).view(np.uint8), connectivity=8)
-        sizes = stats[1:, cv2.CC_STAT_AREA]
-        if (sizes >= 0.1 * area).sum() < 2:
-            continue
-        peaks = [float(depth[parts == i + 1].max()) for i in np.flatnonzero(sizes >= 0.1 * area)]
-        second = sorted(peaks)[-2]
-        if second >= 0.5 * deepest:
-            return share * deepest / second
-    return 1.0
+def _cut_at_neck(crop: Bits, depth: npt.NDArray[np.float32], area: int) -> tuple[float, float]:
+    """The length of the cut that parts a mask in two, over the thinner part's width, and the parts' lower solidity.
+
+    Cores are what is deeper than some share of the deepest place; every pixel belongs to the nearest one.
+    """
+    if max(component_areas(crop)) < _WHOLE * area:
+        return 1.0, 0.0  # something lies before it
+    for share in _CORES:
+        cores = (depth > share * depth.max()).view(np.uint8)
+        nearest = cv2.distanceTransformWithLabels(1 - cores, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP)[1]
+        parts = np.where(crop, nearest, 0)
+        sizes = np.bincount(parts.ravel(), minlength=3) * (np.arange(max(3, parts.max() + 1)) > 0)
+        first, second = np.argsort(-sizes, kind="stable")[:2]
+        if sizes[second] >= _LEAST_PART * area and sizes[first] + sizes[second] >= (1 - _LEAST_PART) * area:
+            one, other = ((parts == i).view(np.uint8) for i in (first, second))
+            cut = np.count_nonzero(cv2.dilate(one, np.ones((3, 3), np.uint8)) & other)
+            width = 2 * min(cv2.minMaxLoc(depth, mask=part)[1] for part in (one, other))
+            return cut / width, min(_solidity(one, int(sizes[first])), _solidity(other, int(sizes[second])))
+    return 1.0, 0.0
 
 
 def _solidity(crop: Bits, area: int) -> float:

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from raysseg.config import ClassWeightScheme
 from raysseg.findings.facts import Labels, SampleFacts
 from raysseg.findings.rules import count_modes
+from raysseg.findings.shapes import THIN
 from raysseg.losses import ClassPixels, balance
 from raysseg.schema import ClassMap
 
 COCO_SIDES = (32, 96)  # pixels: up to 32 x 32 an instance is small, up to 96 x 96 medium
 PERCENTILES = (5, 25, 50, 75, 95)
-THIN = 4.0  # pixels: a class as wide as that suffers from halving an image
 TINY = 0.005  # of the labelled pixels
 _BETA = 0.999999  # the job's default of loss.effective_beta
 _MOST_SIZES = 10  # that are listed

@@ -21,7 +21,7 @@ from raysseg.findings.advice import advise, to_train_job
 from raysseg.findings.facts import SampleFacts, perceptual_hash, to_facts
 from raysseg.findings.kinds import KINDS, Flag, to_findings
 from raysseg.findings.reading import Task, iter_share, open_index, sorted_facts
-from raysseg.findings.rules import flag_leaks, flag_missing_classes
+from raysseg.findings.rules import flag_duplicates, flag_leaks, flag_missing_classes
 from raysseg.findings.shapes import measure_region, measure_shift
 from raysseg.findings.summary import summarise, verdict
 from raysseg.fingerprint import inspect
@@ -142,6 +142,8 @@ def test_leaks_are_found_among_others() -> None:
     brighter = (images[3] * 0.9 + 20).astype(np.uint8)
     val = [facts_of(np.zeros((96, 96), np.uint8), "val", i, image) for i, image in enumerate([*images[20:], brighter])]
     assert [flag.sample_id for flag in flag_leaks(train, val)] == ["10"]
+    within = list(flag_duplicates([*train, val[-1], train[5]]))
+    assert [(flag.kind, flag.sample_id) for flag in within] == [("duplicate_image", "5"), ("near_duplicate", "10")]
 
 
 def test_hash_outlives_scaling() -> None:
