@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
@@ -17,8 +17,9 @@ from raysseg.findings.facts import SampleFacts
 from raysseg.findings.kinds import Finding, to_findings
 from raysseg.findings.page import InspectPage, picked, render
 from raysseg.findings.pictures import Wanted, iter_shots
-from raysseg.findings.reading import Task, iter_share, open_index, sorted_facts, unpaired
+from raysseg.findings.reading import Task, iter_share, open_index, unpaired
 from raysseg.findings.rules import flag_all
+from raysseg.findings.store import FactStore
 from raysseg.findings.summary import SplitFacts, summarise
 from raysseg.report import Picture
 from raysseg.runtime import num_shares, spread
@@ -83,7 +84,7 @@ def inspect(job: InspectJob) -> InspectResult:
     task = Task(indices, listed, num_shares(job.scaling))
     facts = _look(job, task)
     classes = listed or derive_classes(facts)
-    splits = {name: [sample for sample in facts if sample.split == name] for name in indices}
+    splits = {name: facts.split(name) for name in indices}
     findings = to_findings(flag_all(splits, classes), {name: len(part) for name, part in splits.items()})
     summaries = [summarise(name, part, classes) for name, part in splits.items()]
     advice = advise(summaries[0], findings)
@@ -98,7 +99,7 @@ def inspect(job: InspectJob) -> InspectResult:
     return InspectResult(fingerprint, train_job, job.run_uri, report_uri)
 
 
-def derive_classes(facts: Sequence[SampleFacts]) -> ClassMap:
+def derive_classes(facts: Iterable[SampleFacts]) -> ClassMap:
     """The ids that label images hold as classes, 255 as ignored, where nobody says what they mean."""
     found = set(chain.from_iterable(sample.labels.ids.tolist() for sample in facts if sample.labels))
     ids = sorted(found - {255}) or [0]
@@ -113,25 +114,28 @@ def _listed_classes(job: InspectJob) -> ClassMap | None:
     return read_class_map(job.classes, source)
 
 
-def _look(job: InspectJob, task: Task) -> list[SampleFacts]:
-    """The facts of all samples, in the order of the splits' indices."""
-    facts = [sample for name, index in task.indices.items() for sample in unpaired(name, index)]
-    total, reported = sum(map(len, task.indices.values())), 0
-    for part in spread(iter_share, task, range(task.num_shares), job.scaling):
-        facts += part
-        if len(facts) - reported >= _PROGRESS:
-            reported = len(facts)
-            logger.info("inspect: %d of %d samples", len(facts), total)
+def _look(job: InspectJob, task: Task) -> FactStore:
+    """The facts of all samples."""
+    blocks = [unpaired(name, index) for name, index in task.indices.items()]
+    total, seen, reported = sum(map(len, task.indices.values())), 0, 0
+    for block in spread(iter_share, task, range(task.num_shares), job.scaling):
+        blocks.append(block)
+        seen += block.number
+        if seen - reported >= _PROGRESS:
+            reported = seen
+            logger.info("inspect: %d of %d samples", seen, total)
     if not total:
         raise InputError("data: the source holds no sample; is it the right one?")
-    return sorted_facts(facts)
+    return FactStore(blocks)
 
 
 def _draw(
-    job: InspectJob, task: Task, facts: Sequence[SampleFacts], findings: Sequence[Finding]
+    job: InspectJob, task: Task, facts: Iterable[SampleFacts], findings: Sequence[Finding]
 ) -> Mapping[tuple[int, str], Picture]:
     """Pictures of some samples of each finding, by the finding's place and the sample's id."""
-    rows = {(sample.split, sample.sample_id): sample.row for sample in facts if sample.row >= 0}
+    shown = {(finding.split, finding.sample_ids[i]) for finding in findings for i in picked(finding)}
+    keys = ((sample.split, sample.sample_id, sample.row) for sample in facts if sample.row >= 0)
+    rows = {(split, sample_id): row for split, sample_id, row in keys if (split, sample_id) in shown}
     wanted: dict[Wanted, list[tuple[int, str]]] = {}
     for place, finding in enumerate(findings):
         for i in picked(finding):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from raysseg.data.decode import decode_image
 from raysseg.data.files import read_file
 from raysseg.data.index import Failure, SampleIndex
 from raysseg.findings.facts import Boxes, Problem, SampleFacts, to_facts
+from raysseg.findings.store import Block, pack
 from raysseg.schema import ClassMap, InputError, Sample
 
 ROWS = 16  # samples read in one go
@@ -48,7 +49,7 @@ def open_index(source: AnySource) -> SampleIndex:
     return index
 
 
-def iter_share(task: Task, share: int) -> Iterator[list[SampleFacts]]:
+def iter_share(task: Task, share: int) -> Iterator[Block]:
     """The facts of every so-manieth chunk; the next one is read meanwhile."""
     chunks = task.chunks[share :: task.num_shares]
 
@@ -58,18 +59,18 @@ def iter_share(task: Task, share: int) -> Iterator[list[SampleFacts]]:
         return read(index.take(np.arange(start, min(start + ROWS, len(index)))))
 
     for (name, start), samples in zip(chunks, read_ahead(load, range(len(chunks)), threads=1), strict=True):
-        yield [
+        facts = [
             to_facts(sample, name, start + place, task.classes, boxes, problems)
             for place, (sample, boxes, problems) in enumerate(samples)
         ]
+        yield pack(name, start, facts)
 
 
-def unpaired(name: str, index: SampleIndex) -> list[SampleFacts]:
+def unpaired(name: str, index: SampleIndex) -> Block:
     """What listing a split has left out."""
-    return [
-        SampleFacts(name, -1, failure.sample_id, problems=(Problem("missing_pair", failure.reason),))
-        for failure in index.failures
-    ]
+    failures = sorted(index.failures, key=lambda failure: failure.sample_id)
+    facts = [SampleFacts(name, -1, f.sample_id, problems=(Problem("missing_pair", f.reason),)) for f in failures]
+    return pack(name, -1, facts)
 
 
 def read(part: SampleIndex) -> list[tuple[Sample, Boxes | None, list[Problem]]]:
@@ -149,8 +150,3 @@ def _kind_of(source: AnySource, image: bytes | None) -> str:
             return "unreadable"
         return "invalid_segmentation"
     return "unreadable"
-
-
-def sorted_facts(parts: Sequence[SampleFacts]) -> list[SampleFacts]:
-    """By place in the index, so that nothing depends on which share came first."""
-    return sorted(parts, key=lambda sample: (sample.split, sample.row, sample.sample_id))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from raysseg.findings.facts import HASH_BITS, SampleFacts
 from raysseg.findings.kinds import Flag
-from raysseg.findings.shapes import THIN, Regions
+from raysseg.findings.shapes import REGION, THIN, Regions
 from raysseg.schema import ClassMap
 
-Split = Sequence[SampleFacts]
+Split = Collection[SampleFacts]
 
 _CUSTOMARY_IGNORE = frozenset({0, 254, 255, 65535})
 _NEAR_BITS = 22  # of HASH_BITS that may differ between two versions of an image; others differ in half of them
@@ -53,7 +53,7 @@ def flag_all(splits: Mapping[str, Split], classes: ClassMap) -> Iterator[Flag]:
         yield from flag_empty(facts, classes)
         yield from flag_duplicates(facts)
         yield from flag_shifts(facts)
-    yield from flag_shapes(list(chain.from_iterable(splits.values())), classes)
+    yield from flag_shapes(chain.from_iterable(splits.values()), classes)
     (_, train), *others = splits.items()
     for _, facts in others:
         yield from flag_leaks(train, facts)
@@ -92,10 +92,11 @@ def flag_ids(facts: Split, classes: ClassMap) -> Iterator[Flag]:
 def flag_empty(facts: Split, classes: ClassMap) -> Iterator[Flag]:
     """Samples without a labelled pixel, without content, or of a single class where others hold several."""
     index_of, known = classes.index_of, known_ids(classes)
-    labelled = [sample for sample in facts if sample.labels]
-    singles = []
-    for sample in labelled:
-        assert sample.labels is not None
+    singles, num_labelled = [], 0
+    for sample in facts:
+        if sample.labels is None:
+            continue
+        num_labelled += 1
         present = set(sample.labels.ids.tolist())
         is_dense = not len(sample.labels.regions) or not sample.labels.regions["number"].any()
         hollow = sample.labels.regions["number"][sample.labels.regions["area"] == 0].tolist()
@@ -107,10 +108,10 @@ def flag_empty(facts: Split, classes: ClassMap) -> Iterator[Flag]:
         elif present <= known and not present & index_of.keys() and (present or sample.labels.num_crowds):
             yield Flag("all_ignored", sample.split, sample.sample_id, "no pixel belongs to a class")
         elif is_dense and len(present - {classes.ignore_index}) == 1 and present <= known:
-            singles.append(sample)
-    if len(singles) <= max(1, _SINGLE_SHARE * len(labelled)) < len(labelled):
-        for sample in singles:
-            yield Flag("empty_annotation", sample.split, sample.sample_id, f"is {_names(sample, classes)} all over")
+            text = f"is {_names(present, classes)} all over"
+            singles.append(Flag("empty_annotation", sample.split, sample.sample_id, text))
+    if len(singles) <= max(1, _SINGLE_SHARE * num_labelled) < num_labelled:
+        yield from singles
 
 
 def flag_missing_classes(train: Split, other: Split, classes: ClassMap) -> Iterator[Flag]:
@@ -125,62 +126,70 @@ def flag_missing_classes(train: Split, other: Split, classes: ClassMap) -> Itera
             yield Flag("missing_class", sample.split, sample.sample_id, f"holds {classes.names[index]}")
 
 
-def _names(sample: SampleFacts, classes: ClassMap) -> str:
+def _names(ids: Iterable[int], classes: ClassMap) -> str:
     index_of = classes.index_of
-    assert sample.labels is not None
-    return ", ".join(classes.names[index_of[i]] for i in sample.labels.ids.tolist() if i in index_of) or "ignored"
+    return ", ".join(classes.names[index_of[i]] for i in sorted(ids) if i in index_of) or "ignored"
 
 
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def flag_duplicates(facts: Split) -> Iterator[Flag]:
-    """Samples of one split that show the image of an earlier one, exactly or nearly."""
-    groups = _by_digest(facts)
-    for group in groups.values():
-        for sample in group[1:]:
-            yield Flag("duplicate_image", sample.split, sample.sample_id, f"the same pixels as {group[0].sample_id}")
-    different = [group[0] for group in groups.values()]
-    for sample, near in zip(different, _nearest(different, different, only_earlier=True), strict=True):
-        if near.bits <= _NEAR_BITS:
-            text = f"nearly {different[near.place].sample_id} ({near.bits} of {HASH_BITS} bits differ)"
-            yield Flag("near_duplicate", sample.split, sample.sample_id, text)
+class _Look(NamedTuple):
+    """What is kept of a sample to find its image again."""
 
-
-def flag_leaks(train: Split, other: Split) -> Iterator[Flag]:
-    """Samples of another split that show an image of train, exactly or nearly."""
-    same = _by_digest(train)
-    rest = []
-    for sample in other:
-        if sample.digest in same:
-            text = f"the same pixels as {same[sample.digest][0].split}/{same[sample.digest][0].sample_id}"
-            yield Flag("leak", sample.split, sample.sample_id, text)
-        elif sample.look:
-            rest.append(sample)
-    known = [sample for sample in train if sample.look]
-    for sample, near in zip(rest, _nearest(rest, known), strict=True):
-        if near.bits <= _NEAR_BITS:
-            origin = known[near.place]
-            text = f"nearly {origin.split}/{origin.sample_id} ({near.bits} of {HASH_BITS} bits differ)"
-            yield Flag("leak", sample.split, sample.sample_id, text)
-
-
-def _by_digest(facts: Split) -> dict[bytes, list[SampleFacts]]:
-    groups: dict[bytes, list[SampleFacts]] = defaultdict(list)
-    for sample in facts:
-        if sample.digest:
-            groups[sample.digest].append(sample)
-    return groups
+    split: str
+    sample_id: str
+    hash: bytes
 
 
 class _Near(NamedTuple):
-    """The place of the sample with the nearest hash, and how many bits differ; HASH_BITS where there is none."""
+    """The place of the nearest image, and how many bits differ; HASH_BITS where there is none."""
 
     place: int
     bits: int
 
 
-def _nearest(queries: Split, known: Split, *, only_earlier: bool = False) -> Iterator[_Near]:
+def flag_duplicates(facts: Split) -> Iterator[Flag]:
+    """Samples of one split that show the image of an earlier one, exactly or nearly."""
+    first = _distinct(facts)
+    for sample in facts:
+        if sample.digest and (same := first[sample.digest].sample_id) != sample.sample_id:
+            yield Flag("duplicate_image", sample.split, sample.sample_id, f"the same pixels as {same}")
+    looks = list(first.values())
+    for look, near in zip(looks, _nearest(looks, looks, only_earlier=True), strict=True):
+        if near.bits <= _NEAR_BITS:
+            text = f"nearly {looks[near.place].sample_id} ({near.bits} of {HASH_BITS} bits differ)"
+            yield Flag("near_duplicate", look.split, look.sample_id, text)
+
+
+def flag_leaks(train: Split, other: Split) -> Iterator[Flag]:
+    """Samples of another split that show an image of train, exactly or nearly."""
+    known = _distinct(train)
+    rest = []
+    for sample in other:
+        if same := known.get(sample.digest):
+            text = f"the same pixels as {same.split}/{same.sample_id}"
+            yield Flag("leak", sample.split, sample.sample_id, text)
+        elif sample.digest:
+            rest.append(_Look(sample.split, sample.sample_id, sample.look))
+    looks = list(known.values())
+    for look, near in zip(rest, _nearest(rest, looks), strict=True):
+        if near.bits <= _NEAR_BITS:
+            origin = looks[near.place]
+            text = f"nearly {origin.split}/{origin.sample_id} ({near.bits} of {HASH_BITS} bits differ)"
+            yield Flag("leak", look.split, look.sample_id, text)
+
+
+def _distinct(facts: Split) -> dict[bytes, _Look]:
+    """The first sample of each digest."""
+    first: dict[bytes, _Look] = {}
+    for sample in facts:
+        if sample.digest and sample.digest not in first:
+            first[sample.digest] = _Look(sample.split, sample.sample_id, sample.look)
+    return first
+
+
+def _nearest(queries: Sequence[_Look], known: Sequence[_Look], *, only_earlier: bool = False) -> Iterator[_Near]:
     """The nearest of the known for each sample; `only_earlier`: both are the same, and it lies before the sample."""
     for start in range(0, len(queries), _BLOCK):
         signs = _signs(queries[start : start + _BLOCK])
@@ -195,9 +204,9 @@ def _nearest(queries: Split, known: Split, *, only_earlier: bool = False) -> Ite
         yield from map(_Near, places.tolist(), ((HASH_BITS - best) / 2).astype(int).tolist())
 
 
-def _signs(facts: Split) -> npt.NDArray[np.float32]:
+def _signs(looks: Sequence[_Look]) -> npt.NDArray[np.float32]:
     """Hashes as rows of +1 and -1, so that a matrix product counts bits."""
-    bits = np.unpackbits(np.frombuffer(b"".join(sample.look for sample in facts), np.uint8)).reshape(-1, HASH_BITS)
+    bits = np.unpackbits(np.frombuffer(b"".join(look.hash for look in looks), np.uint8)).reshape(-1, HASH_BITS)
     return bits.astype(np.float32) * 2 - 1
 
 
@@ -216,14 +225,18 @@ def flag_shifts(facts: Split) -> Iterator[Flag]:
             yield Flag("shifted_mask", sample.split, sample.sample_id, f"fits better {vertical} and {level}")
 
 
-def flag_shapes(facts: Split, classes: ClassMap) -> Iterator[Flag]:
+def flag_shapes(facts: Iterable[SampleFacts], classes: ClassMap) -> Iterator[Flag]:
     """Regions that are unlike the others of their class: rough, holed, merged or scattered."""
     index_of = classes.index_of
-    owners = [sample for sample in facts if sample.labels is not None and len(sample.labels.regions)]
+    owners, numbers, table = [], [], bytearray()
+    for sample in facts:
+        if sample.labels is not None and len(sample.labels.regions):
+            owners.append((sample.split, sample.sample_id))
+            numbers.append(len(sample.labels.regions))
+            table += sample.labels.regions.tobytes()
     if not owners:
         return
-    regions = np.concatenate([sample.labels.regions for sample in owners if sample.labels])
-    owner = np.repeat(np.arange(len(owners)), [len(sample.labels.regions) for sample in owners if sample.labels])
+    regions, owner = np.frombuffer(table, REGION), np.repeat(np.arange(len(owners)), numbers)
     usable = ~regions["is_crowd"] & (regions["area"] > 0)
     for class_id in np.unique(regions["class_id"][usable]).tolist():
         rows = np.flatnonzero(usable & (regions["class_id"] == class_id))
@@ -234,9 +247,10 @@ def flag_shapes(facts: Split, classes: ClassMap) -> Iterator[Flag]:
             if kind in _OF_THINGS and not is_thing:
                 continue
             for row in rows[hits]:
-                sample, number = owners[owner[row]], int(regions["number"][row])
+                number = int(regions["number"][row])
                 what = f"segment {number} ({name})" if number else name
-                yield Flag(kind, sample.split, sample.sample_id, f"{what} {text}", number)
+                split, sample_id = owners[owner[row]]
+                yield Flag(kind, split, sample_id, f"{what} {text}", number)
 
 
 def _outliers(regions: Regions, manner: Regions) -> Iterator[tuple[str, npt.NDArray[np.int64], str]]:

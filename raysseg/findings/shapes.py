@@ -56,7 +56,7 @@ def measure_region(mask: Bits, class_id: int, number: int, is_crowd: bool, *, is
     x, y, width, height = cv2.boundingRect(mask)
     if not width:
         return (class_id, number, is_crowd, 0, (0, 0, 0, 0), 0.0, 0.0, 0, 0, 0.0, 1.0, 0.0, 1.0)
-    crop = np.pad(mask[y : y + height, x : x + width], 3)
+    crop: Bits = cv2.copyMakeBorder(mask[y : y + height, x : x + width], 3, 3, 3, 3, cv2.BORDER_CONSTANT)
     area = int(np.count_nonzero(crop))
     depth = cv2.distanceTransform(crop, cv2.DIST_L2, 3)
     clusters, far, neck, lobes, solidity = (1, 0.0, 1.0, 0.0, 1.0)

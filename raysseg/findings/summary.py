@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -100,43 +100,50 @@ class SplitFacts:
     verdict: str
 
 
-def summarise(name: str, facts: Sequence[SampleFacts], classes: ClassMap) -> SplitFacts:
+def summarise(name: str, facts: Collection[SampleFacts], classes: ClassMap) -> SplitFacts:
     """What a split holds."""
-    labels = [sample.labels for sample in facts if sample.labels is not None]
-    sizes = [sample.size for sample in facts if sample.size is not None] or [part.size for part in labels]
-    table = np.array([_class_pixels(part, classes) for part in labels], np.int64).reshape(-1, len(classes))
-    ignored = sum(int(part.size[0] * part.size[1]) for part in labels) - int(table.sum())
-    is_present = table > 0
-    pixels = ClassPixels(
-        table.sum(axis=0),
-        (is_present * table.sum(axis=1, keepdims=True)).sum(axis=0),
-        is_present.sum(axis=0),
-        ignored,
-        len(labels),
-    )
     index_of = classes.index_of
-    components = _concatenated([part.components for part in labels])
+    counts, cooccurrence = ClassPixels.none(len(classes)), np.zeros((len(classes), len(classes)), np.int64)
+    sizes: Counter[tuple[int, int]] = Counter()
+    table, num_usable = bytearray(), 0
+    widths: list[bytearray] = [bytearray() for _ in range(len(classes))]
+    for sample in facts:
+        num_usable += _is_usable(sample)
+        if size := sample.size or (sample.labels and sample.labels.size):
+            sizes[size] += 1
+        if sample.labels is None:
+            continue
+        own = _class_pixels(sample.labels, classes)
+        counts += own
+        is_present = own.images.astype(np.int64)
+        cooccurrence += is_present[:, None] * is_present
+        table += sample.labels.components.tobytes()
+        for region in sample.labels.regions:
+            if region["area"] and (index := index_of.get(int(region["class_id"]))) is not None:
+                widths[index] += region["width"].tobytes()
+    components = np.frombuffer(table, np.int64).reshape(-1, 2)
     owners = np.array([index_of.get(i, -1) for i in components[:, 0].tolist()], np.int64)
     areas = components[owners >= 0, 1]
     is_seen = areas > 0
-    total = int(table.sum())
-    dominant = int(pixels.pixels.argmax()) if total else None
+    total = int(counts.pixels.sum())
+    dominant = int(counts.pixels.argmax()) if total else None
+    typical = [_rounded(float(np.median(np.frombuffer(found, np.float32)))) if found else None for found in widths]
     return SplitFacts(
         name=name,
         num_samples=len(facts),
-        num_usable=sum(_is_usable(sample) for sample in facts),
+        num_usable=num_usable,
         sizes=[(*size, number) for size, number in _most_common(sizes)],
-        height=_range([size[0] for size in sizes]),
-        width=_range([size[1] for size in sizes]),
+        height=_range(sizes, 0),
+        width=_range(sizes, 1),
         modes=count_modes(facts),
         labelled_pixels=total,
-        ignored_pixels=ignored,
-        classes=_class_facts(pixels, components[:, 1], owners, _widths(labels, index_of, len(classes)), classes),
+        ignored_pixels=counts.ignored,
+        classes=_class_facts(counts, components[:, 1], owners, typical, classes),
         instance_areas={f"p{p}": float(np.percentile(areas[is_seen], p)) for p in PERCENTILES} if is_seen.any() else {},
         area_histogram=np.bincount(np.log2(areas[is_seen]).astype(np.int64)).tolist() if is_seen.any() else [],
-        cooccurrence=(is_present.T.astype(np.int64) @ is_present.astype(np.int64)).tolist(),
+        cooccurrence=cooccurrence.tolist(),
         dominant=None if dominant is None else classes.names[dominant],
-        dominant_share=0.0 if dominant is None else _rounded(pixels.pixels[dominant] / total),
+        dominant_share=0.0 if dominant is None else _rounded(counts.pixels[dominant] / total),
         verdict=verdict(len(facts)),
     )
 
@@ -189,8 +196,8 @@ def _class_facts(
     return found
 
 
-def _class_pixels(labels: Labels, classes: ClassMap) -> npt.NDArray[np.int64]:
-    """(C,) pixels of each class; what no segment covers has the class that the source's background names."""
+def _class_pixels(labels: Labels, classes: ClassMap) -> ClassPixels:
+    """One sample's counts; what no segment covers has the class that the source's background names."""
     pixels = np.zeros(len(classes), np.int64)
     index_of = classes.index_of
     for class_id, number in zip(labels.ids.tolist(), labels.pixels.tolist(), strict=True):
@@ -198,33 +205,26 @@ def _class_pixels(labels: Labels, classes: ClassMap) -> npt.NDArray[np.int64]:
             pixels[index_of[class_id]] += number
     if classes.uncovered is not None:
         pixels[classes.uncovered] += labels.unlabelled
-    return pixels
-
-
-def _widths(labels: Sequence[Labels], index_of: dict[int, int], num_classes: int) -> list[float | None]:
-    """The median width of each class's regions."""
-    rows = [
-        (index_of.get(int(r["class_id"]), -1), float(r["width"])) for part in labels for r in part.regions if r["area"]
-    ]
-    table = np.array(rows, np.float64).reshape(-1, 2)
-    groups = [table[table[:, 0] == i, 1] for i in range(num_classes)]
-    return [_rounded(float(np.median(group))) if len(group) else None for group in groups]
-
-
-def _concatenated(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.zeros((0, 2), np.int64), *parts])
+    is_present, total = pixels > 0, int(pixels.sum())
+    return ClassPixels(
+        pixels, is_present * total, is_present.astype(np.int64), labels.size[0] * labels.size[1] - total, 1
+    )
 
 
 def _is_usable(sample: SampleFacts) -> bool:
     return sample.size is not None and sample.labels is not None and sample.labels.size == sample.size
 
 
-def _most_common(sizes: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
-    return sorted(Counter(sizes).items(), key=lambda item: (-item[1], item[0]))[:_MOST_SIZES]
+def _most_common(sizes: Counter[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
+    return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:_MOST_SIZES]
 
 
-def _range(values: Sequence[int]) -> tuple[int, int, int]:
-    return (min(values), int(np.median(values)), max(values)) if values else (0, 0, 0)
+def _range(sizes: Counter[tuple[int, int]], axis: int) -> tuple[int, int, int]:
+    """The smallest, the median and the largest side."""
+    if not sizes:
+        return 0, 0, 0
+    sides = np.repeat([size[axis] for size in sizes], list(sizes.values()))
+    return int(sides.min()), int(np.median(sides)), int(sides.max())
 
 
 def _rounded(value: float) -> float:

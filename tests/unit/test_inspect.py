@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from raysseg.data.example import EXAMPLE_CLASSES, draw_example
 from raysseg.findings.advice import advise, to_train_job
 from raysseg.findings.facts import SampleFacts, perceptual_hash, to_facts
 from raysseg.findings.kinds import KINDS, Flag, to_findings
-from raysseg.findings.reading import Task, iter_share, open_index, sorted_facts
+from raysseg.findings.reading import Task, iter_share, open_index
 from raysseg.findings.rules import flag_duplicates, flag_leaks, flag_missing_classes
 from raysseg.findings.shapes import measure_region, measure_shift
+from raysseg.findings.store import FactStore
 from raysseg.findings.summary import summarise, verdict
 from raysseg.fingerprint import inspect
 from raysseg.masks import encode_id_map
@@ -69,9 +71,7 @@ def test_shares_of_the_work_make_one_whole(example: Path) -> None:
     source = config.MasksSource(images=f"{example}/train/images", masks=f"{example}/train/masks")
     tasks = [Task({"data": open_index(source)}, EXAMPLE_CLASSES, number) for number in (1, 3)]
     whole, parts = (
-        sorted_facts(
-            [sample for share in range(task.num_shares) for part in iter_share(task, share) for sample in part]
-        )
+        FactStore([block for share in reversed(range(task.num_shares)) for block in iter_share(task, share)])
         for task in tasks
     )
     summaries = [summarise("data", facts, EXAMPLE_CLASSES) for facts in (whole, parts)]
@@ -142,8 +142,9 @@ def test_leaks_are_found_among_others() -> None:
     brighter = (images[3] * 0.9 + 20).astype(np.uint8)
     val = [facts_of(np.zeros((96, 96), np.uint8), "val", i, image) for i, image in enumerate([*images[20:], brighter])]
     assert [flag.sample_id for flag in flag_leaks(train, val)] == ["10"]
-    within = list(flag_duplicates([*train, val[-1], train[5]]))
-    assert [(flag.kind, flag.sample_id) for flag in within] == [("duplicate_image", "5"), ("near_duplicate", "10")]
+    again = facts_of(np.zeros((96, 96), np.uint8), "train", 20, images[5])
+    within = list(flag_duplicates([*train, replace(val[-1], sample_id="21"), again]))
+    assert [(flag.kind, flag.sample_id) for flag in within] == [("duplicate_image", "20"), ("near_duplicate", "21")]
 
 
 def test_hash_outlives_scaling() -> None:
