@@ -199,7 +199,7 @@ def _to_labels(sample: Sample, ids: masks.IdMap, image: Pixels | None, classes: 
         present = np.flatnonzero(counts)
         ignored = classes.ignore_index if classes is not None else 255
         shapes = [(int(i), (ids == i).view(np.uint8)) for i in present if i != ignored]
-        regions = np.array([measure_region(mask, i, 0, False, is_instance=False) for i, mask in shapes], REGION)
+        regions = np.array([measure_region(mask, i, 0, False) for i, mask in shapes], REGION)
         parts = [(i, area) for i, mask in shapes for area in component_areas(mask)]
         pixels, unlabelled, num_crowds = counts[present], 0, 0
     else:
@@ -232,4 +232,4 @@ def _measure_segments(sample: Sample, numbers: masks.IdMap) -> Iterator[tuple[ob
             if segment.rle is None
             else np.ascontiguousarray(rle.to_mask(rle.to_runs(segment.rle, size), size)).view(np.uint8)
         )
-        yield measure_region(mask, segment.class_id, number, segment.is_crowd, is_instance=True)
+        yield measure_region(mask, segment.class_id, number, segment.is_crowd, numbers)

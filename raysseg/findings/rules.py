@@ -262,7 +262,7 @@ def _outliers(regions: Regions, manner: Regions) -> Iterator[tuple[str, npt.NDAr
     least = _HOLES_LEAST if regions["number"].any() else _HOLES_LEAST_OF_CLASS
     holed = is_large & ~rough & (regions["holes"] > _limit(manner["holes"], 3, least))
     yield "holes_or_jagged", np.flatnonzero(holed), "has far more small holes than its class has elsewhere"
-    scattered = is_large & (regions["clusters"] >= _CLUSTERS_LEAST) & (regions["far"] >= _FAR_LEAST)
+    scattered = (regions["clusters"] >= _CLUSTERS_LEAST) & (regions["far"] >= _FAR_LEAST)
     yield "scattered_instance", np.flatnonzero(scattered), "lies in pieces far apart"
     typical = float(np.median(regions["solidity"]))
     if typical >= _COMPACT and len(regions) >= _FEWEST:  # else necks are how the class looks

@@ -32,9 +32,9 @@ REGION = np.dtype(
 
 number: of the segment, from 1 on; 0 for label images. box: x0, y0, x1, y1. width: of a typical stroke, in pixels.
 rough: pixels that smoothing turns over those of the smoothed outline. holes: small, compact ones. clusters: groups of
-pieces with gaps between them; far: the share of the area outside of the largest. neck: length of the cut that parts the
-mask in two, over the thinner part's width; 1 where there is none. lobes: the lower solidity of these parts, else 0.
-solidity: area over that of the hull.
+pieces with gaps between them, 1 where other segments fill these; far: the share of the area outside of the largest.
+neck: length of the cut that parts the mask in two, over the thinner part's width; 1 where there is none. lobes: the
+lower solidity of these parts, else 0. solidity: area over that of the hull.
 """
 
 Regions = npt.NDArray[np.void]
@@ -51,8 +51,19 @@ _LEAST_PART = 0.15  # of the area, that each of two things has
 _CORES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # of the greatest depth
 
 
-def measure_region(mask: Bits, class_id: int, number: int, is_crowd: bool, *, is_instance: bool) -> tuple[object, ...]:
-    """A row of REGION; `far`, `neck`, `lobes` and `solidity` are measured of instances alone."""
+def measure_region(
+    mask: Bits, class_id: int, number: int, is_crowd: bool, numbers: IdMap | None = None
+) -> tuple[object, ...]:
+    """A row of REGION.
+
+    Args:
+        mask: of the region.
+        class_id: of its pixels.
+        number: of the segment, from 1 on; 0 for label images.
+        is_crowd: whether the segment is a group.
+        numbers: (H, W) of all segments, 0 for none; None for label images, of which clusters, far, neck, lobes and
+            solidity are not measured.
+    """
     x, y, width, height = cv2.boundingRect(mask)
     if not width:
         return (class_id, number, is_crowd, 0, (0, 0, 0, 0), 0.0, 0.0, 0, 0, 0.0, 1.0, 0.0, 1.0)
@@ -60,8 +71,10 @@ def measure_region(mask: Bits, class_id: int, number: int, is_crowd: bool, *, is
     area = int(np.count_nonzero(crop))
     depth = cv2.distanceTransform(crop, cv2.DIST_L2, 3)
     clusters, far, neck, lobes, solidity = (1, 0.0, 1.0, 0.0, 1.0)
-    if is_instance and not is_crowd:
+    if numbers is not None and not is_crowd:
         clusters, far = _group_pieces(crop, area)
+        if clusters > 2 and _is_hidden(crop, numbers[y : y + height, x : x + width]):
+            clusters, far = 1, 0.0
         solidity = _solidity(crop, area)
         if solidity < _CONVEX:
             neck, lobes = _cut_at_neck(crop, depth, area)
@@ -115,6 +128,14 @@ def _group_pieces(crop: Bits, area: int) -> tuple[int, float]:
     areas = np.bincount(groups, stats[:, cv2.CC_STAT_AREA])
     counted = areas >= 0.02 * area
     return int(counted.sum()), float(1 - areas.max() / areas.sum())
+
+
+def _is_hidden(crop: Bits, numbers: IdMap) -> bool:
+    """Whether other segments fill two thirds of what lies between the pieces: a thing behind others."""
+    hull = np.zeros_like(crop)
+    cv2.fillConvexPoly(hull, cv2.convexHull(cv2.findNonZero(crop)), 1)
+    between = (hull > crop)[3:-3, 3:-3]
+    return bool(3 * np.count_nonzero(numbers[between]) > 2 * np.count_nonzero(between))
 
 
 def _cut_at_neck(crop: Bits, depth: npt.NDArray[np.float32], area: int) -> tuple[float, float]:

@@ -157,7 +157,7 @@ def test_hash_outlives_scaling() -> None:
 def test_width_of_strokes() -> None:
     mask = np.zeros((80, 200), np.uint8)
     mask[30:38, 10:190] = 1
-    region = measure_region(mask, 1, 1, False, is_instance=True)
+    region = measure_region(mask, 1, 1, False, mask)
     assert region[5] == pytest.approx(8, abs=2)
     assert region[4] == (10, 30, 190, 38)
 
