@@ -27,6 +27,7 @@ from raysseg.data.example import draw_example
 from raysseg.findings.kinds import KINDS
 from raysseg.fingerprint import inspect
 
+SETS = ["example-masks", "example-coco", "camvid", "coco_instances", "nuclei_dsb2018"]
 VISUAL = frozenset({"merged_instances", "scattered_instance", "holes_or_jagged", "shifted_mask"})
 NEW_CLASS: dict[str, Any] = {"id": 99, "name": "planted"}
 Rng = np.random.Generator
@@ -577,7 +578,7 @@ def run(name: str, data: str, number: int, seed: int, only: Sequence[str]) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=os.environ.get("RAYSSEG_DATA", "../shared/data"))
-    parser.add_argument("--sets", nargs="+", default=["example-masks", "example-coco", "camvid", "coco_instances"])
+    parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--number", type=int, default=20, help="faults of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=[], help="these alone")

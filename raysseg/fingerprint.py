@@ -143,7 +143,8 @@ def _draw(
             if key in rows:
                 item = Wanted(finding.split, rows[key], finding.segments[i])
                 wanted.setdefault(item, []).append((place, finding.sample_ids[i]))
-    shots = spread(iter_shots, task, [list(wanted)], job.scaling)
+    items = list(wanted)
+    shots = spread(iter_shots, task, [items[share :: task.num_shares] for share in range(task.num_shares)], job.scaling)
     return {key: shot.picture for shot in shots for key in wanted[shot.wanted]}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import yaml
@@ -23,7 +24,7 @@ from raysseg.findings.facts import SampleFacts, perceptual_hash, to_facts
 from raysseg.findings.kinds import KINDS, Flag, to_findings
 from raysseg.findings.reading import Task, iter_share, open_index
 from raysseg.findings.rules import flag_duplicates, flag_leaks, flag_missing_classes
-from raysseg.findings.shapes import measure_region, measure_shift
+from raysseg.findings.shapes import REGION, measure_region, measure_shift
 from raysseg.findings.store import FactStore
 from raysseg.findings.summary import summarise, verdict
 from raysseg.fingerprint import inspect
@@ -157,9 +158,25 @@ def test_hash_outlives_scaling() -> None:
 def test_width_of_strokes() -> None:
     mask = np.zeros((80, 200), np.uint8)
     mask[30:38, 10:190] = 1
-    region = measure_region(mask, 1, 1, False, mask)
-    assert region[5] == pytest.approx(8, abs=2)
-    assert region[4] == (10, 30, 190, 38)
+    assert measured(mask)["width"] == pytest.approx(8, abs=2)
+    assert measured(mask)["box"].tolist() == [10, 30, 190, 38]
+
+
+def test_two_discs_part_at_their_neck_and_one_does_not() -> None:
+    mask = np.zeros((60, 100), np.uint8)
+    cv2.circle(mask, (30, 30), 18, 1, -1)
+    assert measured(mask)["lobes"] == 0
+    cv2.circle(mask, (64, 30), 18, 1, -1)
+    region = measured(mask)
+    assert region["neck"] < 0.7
+    assert region["lobes"] - region["solidity"] > 0.06
+
+
+def test_pieces_behind_another_thing_are_not_scattered() -> None:
+    mask = np.zeros((60, 100), np.uint8)
+    mask[20:40, [*range(10), *range(40, 50), *range(80, 90)]] = 1
+    assert measured(mask)["clusters"] == 3
+    assert measured(mask, np.where(mask, 1, 2).astype(np.uint8))["clusters"] == 1
 
 
 def test_shift_is_measured() -> None:
@@ -195,6 +212,11 @@ def run(example: Path, storage: Path, *overrides: str) -> dict[str, list[dict[st
     assert isinstance(job, InspectJob)
     inspect(job)
     found: dict[str, list[dict[str, object]]] = json.loads((storage / "example/fingerprint.json").read_text())
+    return found
+
+
+def measured(mask: np.ndarray, numbers: np.ndarray | None = None) -> np.void:
+    found: np.void = np.array([measure_region(mask, 1, 1, False, mask if numbers is None else numbers)], REGION)[0]
     return found
 
 
