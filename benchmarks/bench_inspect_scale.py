@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.bench_annotations import pss
 from benchmarks.results import compare, device_name, write_result
 from raysseg.config import InspectJob
 from raysseg.data import shards
@@ -68,28 +68,32 @@ def measure_memory(number: int, workers: int) -> Row:
         process = multiprocessing.get_context("spawn").Process(
             target=run_job, args=({**job, "task": "semantic", "scaling": {"workers": workers}},)
         )
-        started, driver, others = time.perf_counter(), 0, 0
+        started, driver, own, others = time.perf_counter(), 0, 0, 0
         process.start()
         assert process.pid is not None
         while process.is_alive():
-            driver = max(driver, held([process.pid]))
-            others = max(others, held(list(workers_below(process.pid))))
+            driver = max(driver, held([process.pid], "Pss"))
+            own = max(own, held([process.pid], "Pss_Anon"))
+            others = max(others, held(workers_below(process.pid), "Pss"))
             process.join(0.5)
         assert process.exitcode == 0
         seconds = time.perf_counter() - started
-    return {"images": float(number), "driver, MiB": driver / MIB, "workers, MiB": others / MIB, "seconds": seconds}
+    held_mib = {"driver, MiB": driver / MIB, "less shared files": own / MIB, "workers, MiB": others / MIB}
+    return {"images": float(number), **held_mib, "seconds": seconds}
 
 
 def run_job(job: dict[str, object]) -> None:
     inspect(InspectJob.model_validate(job))
 
 
-def held(processes: list[int]) -> int:
-    """Bytes, of those that still live."""
-    try:
-        return pss(processes)
-    except (OSError, IndexError):
-        return 0
+def held(processes: Iterable[int], measure: str) -> int:
+    """Bytes of those that still live: PSS, or the part of it that is no file's."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(OSError, IndexError):
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
+            total += 1024 * int(text.split(f"\n{measure}:")[1].split()[0])
+    return total
 
 
 def workers_below(root: int) -> Iterator[int]:
@@ -154,6 +158,7 @@ def time_jobs(job: dict[str, object], cores: int) -> tuple[float, float]:
     started = time.perf_counter()
     process = context.Process(target=run_twice, args=(job, cores, there))
     process.start()
+    there.close()  # so that a process that fails ends the waiting
     here.recv()
     first = time.perf_counter()
     here.recv()

@@ -143,7 +143,7 @@ class _Look(NamedTuple):
 
 
 class _Near(NamedTuple):
-    """The place of the nearest image, and how many bits differ; HASH_BITS where there is none."""
+    """The place of the nearest image, and how many bits differ."""
 
     place: int
     bits: int
@@ -157,7 +157,7 @@ def flag_duplicates(facts: Split) -> Iterator[Flag]:
             yield Flag("duplicate_image", sample.split, sample.sample_id, f"the same pixels as {same}")
     looks = list(first.values())
     for look, near in zip(looks, _nearest(looks, looks, only_earlier=True), strict=True):
-        if near.bits <= _NEAR_BITS:
+        if near is not None:
             text = f"nearly {looks[near.place].sample_id} ({near.bits} of {HASH_BITS} bits differ)"
             yield Flag("near_duplicate", look.split, look.sample_id, text)
 
@@ -174,7 +174,7 @@ def flag_leaks(train: Split, other: Split) -> Iterator[Flag]:
             rest.append(_Look(sample.split, sample.sample_id, sample.look))
     looks = list(known.values())
     for look, near in zip(rest, _nearest(rest, looks), strict=True):
-        if near.bits <= _NEAR_BITS:
+        if near is not None:
             origin = looks[near.place]
             text = f"nearly {origin.split}/{origin.sample_id} ({near.bits} of {HASH_BITS} bits differ)"
             yield Flag("leak", look.split, look.sample_id, text)
@@ -189,19 +189,27 @@ def _distinct(facts: Split) -> dict[bytes, _Look]:
     return first
 
 
-def _nearest(queries: Sequence[_Look], known: Sequence[_Look], *, only_earlier: bool = False) -> Iterator[_Near]:
-    """The nearest of the known for each sample; `only_earlier`: both are the same, and it lies before the sample."""
+def _nearest(queries: Sequence[_Look], known: Sequence[_Look], *, only_earlier: bool = False) -> Iterator[_Near | None]:
+    """The nearest of the known for each query, None where none is near.
+
+    Args:
+        queries: what is looked for.
+        known: among these.
+        only_earlier: both are the same, and a query is compared with those before it.
+    """
     for start in range(0, len(queries), _BLOCK):
         signs = _signs(queries[start : start + _BLOCK])
-        places, best = np.zeros(len(signs), np.int64), np.full(len(signs), -HASH_BITS, np.float32)
+        found: list[_Near | None] = [None] * len(signs)
+        best = np.full(len(signs), HASH_BITS - 2 * _NEAR_BITS - 1, np.float32)
         for low in range(0, start + 1 if only_earlier else len(known), _BLOCK):
             agreement = signs @ _signs(known[low : low + _BLOCK]).T  # bits alike less bits that differ
             if only_earlier and low == start:
                 agreement[np.triu_indices_from(agreement)] = -HASH_BITS
             values = agreement.max(axis=1)
-            is_nearer = values > best
-            places[is_nearer], best[is_nearer] = agreement.argmax(axis=1)[is_nearer] + low, values[is_nearer]
-        yield from map(_Near, places.tolist(), ((HASH_BITS - best) / 2).astype(int).tolist())
+            for row in np.flatnonzero(values > best).tolist():
+                best[row] = values[row]
+                found[row] = _Near(low + int(agreement[row].argmax()), int(HASH_BITS - values[row]) // 2)
+        yield from found
 
 
 def _signs(looks: Sequence[_Look]) -> npt.NDArray[np.float32]:
