@@ -438,6 +438,7 @@ def shift_instances(copy: Copy, stem: str, rng: Rng) -> set[str] | None:
     by = draw_shift(rng)
     for annotation, mask in found:
         set_mask(annotation, shifted(mask, by, 0))
+    remove(copy, [annotation for annotation, mask in found if not shifted(mask, by, 0).any()])
     return {f"train/{stem}"}
 
 
