@@ -23,6 +23,7 @@ import numpy as np
 import ray
 from pycocotools.coco import COCO
 
+from benchmarks.memory import held
 from benchmarks.results import device_name, write_result
 from raysseg.config import CocoSource
 from raysseg.data import read_index, read_samples
@@ -61,12 +62,6 @@ def draw_annotations(path: Path, num_instances: int) -> None:
         file.write("]}")
 
 
-def pss(processes: list[int]) -> int:
-    """Bytes that processes hold."""
-    texts = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in processes)
-    return sum(1024 * int(text.split("Pss:")[1].split()[0]) for text in texts)
-
-
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
@@ -88,16 +83,16 @@ def measure_ours(path: Path, num_readers: int) -> tuple[int, float]:
     actor = ray.remote(num_cpus=0)(Reader)
     readers = [actor.remote() for _ in range(num_readers)]
     processes = ray.get([reader.pid.remote() for reader in readers])
-    before = pss(processes)
+    before = held(processes)
     started = time.perf_counter()
     index = read_index(CocoSource(format="coco", annotations=str(path)))
     stored = ray.put(index)
     ray.get([reader.read.remote(stored, i) for i, reader in enumerate(readers)])
     seconds = time.perf_counter() - started
-    held = pss(processes) - before + index.references.nbytes
+    grown = held(processes) - before + index.references.nbytes
     for reader in readers:
         ray.kill(reader)
-    return held, seconds
+    return grown, seconds
 
 
 # --- the peer -----------------------------------------------------------------------------------------------------
@@ -127,18 +122,18 @@ def measure_peer(path: Path, num_readers: int) -> tuple[int, float]:
         reader.start()
     time.sleep(15)  # all imports are done
     processes = [reader.pid for reader in readers if reader.pid]
-    before = pss(processes)
+    before = held(processes)
     started = time.perf_counter()
     for ours, theirs in ends:
         theirs.close()  # so that a reader's death ends the wait
         ours.send("go")
         ours.recv()
     seconds = (time.perf_counter() - started) / num_readers
-    held = pss(processes) - before
+    grown = held(processes) - before
     for (ours, _), reader in zip(ends, readers, strict=True):
         ours.send("stop")
         reader.join()
-    return held, seconds
+    return grown, seconds
 
 
 def main() -> None:
@@ -157,8 +152,8 @@ def main() -> None:
             print(f"{number} readers: {ours / 2**20:.0f} and {peer / 2**20:.0f} MiB", file=sys.stderr, flush=True)
             what = f"{number} readers, "
             target = "<= 0.2" if number == 4 else ""
-            held = {"ours": ours / 2**20, "peer": peer / 2**20, "ratio": ours / peer, "target": target}
-            rows.append({"what": what + "MiB", **held})
+            memory = {"ours": ours / 2**20, "peer": peer / 2**20, "ratio": ours / peer, "target": target}
+            rows.append({"what": what + "MiB", **memory})
             first = {"ours": our_s, "peer": peer_s, "ratio": our_s / peer_s, "target": ""}
             rows.append({"what": what + "s to the first batch", **first})
         settings = {"instances": options.instances, "file, MiB": path.stat().st_size / 2**20}

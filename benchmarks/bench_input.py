@@ -154,6 +154,7 @@ def to_rows(name: str, where: str, found: dict[str, list[dict[str, float]]]) -> 
                 "images/s": median(f["later"] for f in figures),
                 "first epoch": median(f["first epoch"] for f in figures),
                 "first batch s": median(f["first batch s"] for f in figures),
+                "peak MiB": max(f["peak MiB"] for f in figures),
                 "ours to it": median(ratios),
                 "lowest": ratios[0],
                 "highest": ratios[-1],

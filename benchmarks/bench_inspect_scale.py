@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.memory import MIB, descendants, held
 from benchmarks.results import compare, device_name, write_result
 from raysseg.config import InspectJob
 from raysseg.data import shards
@@ -26,7 +26,6 @@ from raysseg.schema import Sample
 
 SIZE = (48, 64)
 PER_FILE = 5000
-MIB = 2**20
 Row = dict[str, str | float]
 
 
@@ -72,9 +71,9 @@ def measure_memory(number: int, workers: int) -> Row:
         process.start()
         assert process.pid is not None
         while process.is_alive():
-            driver = max(driver, held([process.pid], "Pss"))
+            driver = max(driver, held([process.pid]))
             own = max(own, held([process.pid], "Pss_Anon"))
-            others = max(others, held(workers_below(process.pid), "Pss"))
+            others = max(others, held(filter(is_worker, descendants(process.pid))))
             process.join(0.5)
         assert process.exitcode == 0
         seconds = time.perf_counter() - started
@@ -86,34 +85,8 @@ def run_job(job: dict[str, object]) -> None:
     inspect(InspectJob.model_validate(job))
 
 
-def held(processes: Iterable[int], measure: str) -> int:
-    """Bytes of those that still live: PSS, or the part of it that is no file's."""
-    total = 0
-    for process in processes:
-        with contextlib.suppress(OSError, IndexError):
-            text = Path(f"/proc/{process}/smaps_rollup").read_text()
-            total += 1024 * int(text.split(f"\n{measure}:")[1].split()[0])
-    return total
-
-
-def workers_below(root: int) -> Iterator[int]:
-    """Ray's workers among the descendants of a process."""
-    parents = dict(map(read_parent, (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())))
-    for process, ancestor in parents.items():
-        while ancestor > 1 and ancestor != root:
-            ancestor = parents.get(ancestor, 0)
-        if ancestor == root and is_worker(process):
-            yield process
-
-
-def read_parent(process: int) -> tuple[int, int]:
-    try:
-        return process, int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return process, 0
-
-
 def is_worker(process: int) -> bool:
+    """Whether it is one of Ray's."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::")
     except OSError:

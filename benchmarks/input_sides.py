@@ -1,7 +1,8 @@
 """The sides of bench_input, one a process: `python -m benchmarks.input_sides SIDE SETTING`.
 
 Each delivers random training crops of one data set as collated batches, and says on stderr, as JSON, how long the first
-batch took and how many images came a second, in the first epoch and in those after it.
+batch took, how many images came a second, in the first epoch and in those after it, and how much memory was held at the
+most (PSS of all its processes, imports included).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from benchmarks.memory import MIB, descendants, held
 from raysseg import config, masks, storage
 from raysseg.data import read_class_map, read_index
 from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_chunks
@@ -285,6 +288,8 @@ SIDES: dict[str, Callable[[Setting], Epochs]] = {
 
 
 def measure(epochs: Epochs, seconds: float) -> dict[str, float]:
+    peak = [0]
+    threading.Thread(target=watch_memory, args=(peak,), daemon=True).start()
     started = time.perf_counter()
     first = next(epochs)
     count, first_batch = 0, 0.0
@@ -295,7 +300,15 @@ def measure(epochs: Epochs, seconds: float) -> dict[str, float]:
     later = 0
     while (spent := time.perf_counter() - ended) < seconds or not later:
         later += sum(next(epochs))
-    return {"first batch s": first_batch, "first epoch": count / (ended - started), "later": later / spent}
+    rates = {"first epoch": count / (ended - started), "later": later / spent}
+    return {"first batch s": first_batch, **rates, "peak MiB": peak[0] / MIB}
+
+
+def watch_memory(peak: list[int]) -> None:
+    """Keeps the most that this process and those below it have held."""
+    while True:
+        peak[0] = max(peak[0], held([os.getpid(), *descendants(os.getpid())]))
+        time.sleep(1)
 
 
 def main() -> None:
