@@ -53,7 +53,7 @@ def prepare(name: str, folder: Path) -> str:
         source = {
             "format": "coco",
             "annotations": f"{DATA / name}/annotations_train.json",
-            "images": f"{DATA / name}/train",
+            "images": f"{DATA / name}/train/images",
         }
         convert(source, {"format": "masks", "uri": str(folder / "converted")}, None)
         split, classes = folder / "converted", str(folder / "converted/classes.json")
@@ -185,7 +185,7 @@ def main() -> None:
                     setting = Setting(root, classes, CROPS[name], (0.5, 2.0), options.batch, options.seconds)
                     rows += to_rows(name, where, measure(sides, setting, options.rounds))
     settings = {"scale": [0.5, 2.0], "flip": 0.5, "crops": CROPS, "copies": COPIES, "workers": NUM_WORKERS}
-    what = "-".join(["input", *options.storage]).lower()
+    what = "-".join(["input", *options.data, *options.storage]).lower()
     write_result(what, device_name(), rows, settings | vars(options))
 
 

@@ -10,9 +10,12 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raysseg.schema import InputError
+
+if TYPE_CHECKING:
+    from raysseg.config import Job
 
 JOB_VERBS = {
     "train": "train a model, or go on with a run that stopped",
@@ -79,53 +82,51 @@ def _run(options: argparse.Namespace) -> dict[str, Any] | None:
         )
         return {"data": str(options.out.resolve()), "train": options.train, "val": options.val, "seed": options.seed}
     overrides = [*options.overrides, *([f"output.format={options.to}"] if getattr(options, "to", None) else [])]
-    if options.verb == "inspect":
-        return _inspect(options.job, overrides, options.write_job)
-    return _run_job(options.verb, options.job, overrides)
-
-
-def _inspect(path: str, overrides: Sequence[str], write_job: str | None) -> dict[str, Any]:
-    """Runs an inspect job, of a file or of two folders, and writes the train job that it recommends."""
-    from raysseg import config, storage
+    job = _load_job(options.verb, options.job, overrides)
     from raysseg.runtime import log_to_stderr
 
-    is_plain = bool(overrides) and "=" not in overrides[0]
-    job = config.plain_inspect(path, overrides[0], overrides[1:]) if is_plain else config.load(path, overrides)
-    if not isinstance(job, config.InspectJob):
-        raise InputError(f"{path}: kind is {job.kind!r}: run it as `raysseg {job.kind} {path}`")
     log_to_stderr()
-    from raysseg.fingerprint import inspect
-
-    result = inspect(job)
-    if write_job is not None:
-        storage.write_text(storage.absolute(write_job), result.train_job)
-    shown = {"kind": "inspect", **asdict(result.fingerprint), "report": result.report, "run": result.run}
-    return {**shown, "train_job": write_job} if write_job is not None else shown
+    return {"kind": job.kind, **_run_job(job, getattr(options, "write_job", None))}
 
 
-def _run_job(verb: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _load_job(verb: str, path: str, overrides: Sequence[str]) -> Job:
+    """The job of a file; to inspect, two folders will do."""
     from raysseg import config
-    from raysseg.runtime import log_to_stderr
 
+    if verb == "inspect" and overrides and "=" not in overrides[0]:
+        return config.plain_inspect(path, overrides[0], overrides[1:])
     job = config.load(path, overrides)
     if job.kind != verb:
         raise InputError(f"{path}: kind is {job.kind!r}: run it as `raysseg {job.kind} {path}`")
-    log_to_stderr()
-    result: Any
+    return job
+
+
+def _run_job(job: Job, write_job: str | None) -> dict[str, Any]:
+    from raysseg import config
+
     match job:
         case config.TrainJob():
             from raysseg.train import train
 
-            result = train(job)
+            return asdict(train(job))
         case config.EvaluateJob():
             from raysseg.evaluate import evaluate
 
-            result = evaluate(job)
+            return asdict(evaluate(job))
         case config.ShardJob():
             from raysseg.shard import shard
 
-            result = shard(job)
-    return {"kind": verb, **asdict(result)}
+            return asdict(shard(job))
+        case config.InspectJob():
+            from raysseg import storage
+            from raysseg.fingerprint import inspect
+
+            result = inspect(job)
+            shown = {**asdict(result.fingerprint), "report": result.report, "run": result.run}
+            if write_job is None:
+                return shown
+            storage.write_text(storage.absolute(write_job), result.train_job)
+            return {**shown, "train_job": write_job}
 
 
 def _jsonable(value: Any) -> Any:
