@@ -333,3 +333,14 @@ def test_names_in_a_job_that_stand_twice() -> None:
         read_class_map(["road", "road"])
     with pytest.raises(InputError, match=r"^classes: the class list is empty"):
         read_class_map([])
+
+
+@pytest.mark.parametrize("ignore_index", [255, 11, 3])
+def test_ids_that_are_indices_are_told_from_unknown_ones(ignore_index: int) -> None:
+    classes = class_map(0, 1, 2, ignore_index=ignore_index)
+    ids = np.array([[0, 1, 2, ignore_index]], np.uint8)
+    assert masks.to_indices(ids, classes).tolist() == [[0, 1, 2, 255]]
+    for unknown in {3, 4, 254, 255} - {ignore_index}:
+        with pytest.raises(InputError, match=f"lacks: {unknown};"):
+            masks.to_indices(np.append(ids, np.array([[unknown]], np.uint8), axis=1), classes)
+    assert masks.to_indices(ids[:, :0], classes).shape == (1, 0)
