@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -219,20 +220,26 @@ def best(setting: Setting) -> Epochs:
     return epochs_of(loader)
 
 
-def lit_data(setting: Setting) -> Epochs:
-    """LitData's StreamingDataset, with PIL and transforms.v2."""
-    import litdata
-
+def transforming(base: type, setting: Setting) -> Any:
+    """A streaming data set that gives its samples through transforms.v2."""
     transform = build_transform(setting, size_of(setting, list_stems(setting)[0]))
 
-    class Streamed(litdata.StreamingDataset):
+    class Streamed(base):  # type: ignore[misc]
         def __getitem__(self, index: object) -> tuple[object, object]:
             sample = super().__getitem__(index)
             return transform(sample["image"], sample["mask"])
 
+    return Streamed
+
+
+def lit_data(setting: Setting) -> Epochs:
+    """LitData's StreamingDataset, with PIL and transforms.v2."""
+    import litdata
+
+    streamed = transforming(litdata.StreamingDataset, setting)
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL_S3"]} if storage.is_remote(setting.root) else None
     cache = tempfile.mkdtemp()
-    dataset = Streamed(f"{setting.root}/litdata", cache_dir=cache, shuffle=True, storage_options=options)
+    dataset = streamed(f"{setting.root}/litdata", cache_dir=cache, shuffle=True, storage_options=options)
     loader = litdata.StreamingDataLoader(
         dataset, batch_size=setting.batch, num_workers=NUM_WORKERS, persistent_workers=True
     )
@@ -243,18 +250,12 @@ def mosaic(setting: Setting) -> Epochs:
     """MosaicML's StreamingDataset, with PIL and transforms.v2."""
     import streaming
 
-    transform = build_transform(setting, size_of(setting, list_stems(setting)[0]))
-
-    class Streamed(streaming.StreamingDataset):
-        def __getitem__(self, index: object) -> tuple[object, object]:
-            sample = super().__getitem__(index)
-            return transform(sample["image"], sample["mask"])
-
+    streamed = transforming(streaming.StreamingDataset, setting)
     where = {"local": f"{setting.root}/mds"}
     if storage.is_remote(setting.root):
         os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL_S3"]
         where = {"remote": f"{setting.root}/mds", "local": tempfile.mkdtemp()}
-    return data_loader(Streamed(**where, shuffle=True, batch_size=setting.batch), setting.batch)
+    return data_loader(streamed(**where, shuffle=True, batch_size=setting.batch), setting.batch)
 
 
 def decoders(setting: Setting) -> Epochs:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from tokenize import TokenError
@@ -56,6 +57,15 @@ class MaskSet:
 # --- views of a sample --------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def naming(sample: Sample) -> Iterator[None]:
+    """Errors name the sample."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{sample.sample_id}: {error}") from error
+
+
 def to_dense(sample: Sample, classes: ClassMap) -> LabelMap:
     """The semantic view of a sample.
 
@@ -66,7 +76,7 @@ def to_dense(sample: Sample, classes: ClassMap) -> LabelMap:
         InputError: the sample is not labelled, a label can't be read, or holds ids or colours that the class list
             lacks.
     """
-    try:
+    with naming(sample):
         if sample.id_map is not None and sample.segments is not None:
             numbers, table = _numbers(sample, sample.segments), _class_of_number(sample.segments, classes)
             return LabelMap(table.take(numbers), classes.ignore)
@@ -75,8 +85,6 @@ def to_dense(sample: Sample, classes: ClassMap) -> LabelMap:
         if sample.segments is not None:
             return LabelMap(_paint_classes(sample, sample.segments, classes), classes.ignore)
         raise InputError("has no mask")
-    except InputError as error:
-        raise InputError(f"{sample.sample_id}: {error}") from error
 
 
 def to_instances(sample: Sample, classes: ClassMap) -> MaskSet:
@@ -85,7 +93,7 @@ def to_instances(sample: Sample, classes: ClassMap) -> MaskSet:
     Raises:
         InputError: the sample has no instances to tell apart, a label can't be read, or holds unknown ids.
     """
-    try:
+    with naming(sample):
         if sample.segments is None:
             raise InputError("has labels of classes alone; instances need COCO, YOLO or panoptic annotations")
         things = [
@@ -100,8 +108,6 @@ def to_instances(sample: Sample, classes: ClassMap) -> MaskSet:
         else:
             size = (sample.height, sample.width)
             found = [rle.to_mask(_runs(segment, size), size) for _, segment, _ in things]
-    except InputError as error:
-        raise InputError(f"{sample.sample_id}: {error}") from error
     kept = [i for i, mask in enumerate(found) if mask.any()]
     scores = [things[i][1].score for i in kept]
     return MaskSet(

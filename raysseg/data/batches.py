@@ -18,7 +18,7 @@ from raysseg.config import AnySource, Augment, TrainJob
 from raysseg.config import Batch as BatchConfig
 from raysseg.data import read_samples
 from raysseg.data.augment import augment, resize, seeded_rng
-from raysseg.data.decode import Pixels, decode_pair, naming, open_pair
+from raysseg.data.decode import Pixels, decode_pair, open_pair
 from raysseg.data.index import Failure, SampleIndex
 from raysseg.data.sampling import Factors, Order, epoch_order, num_positions, num_windows
 from raysseg.ledger import Ledger, deal
@@ -199,7 +199,7 @@ def decode_chunk(feed: Feed, chunk: Chunk) -> Batch:
 def _to_row(sample: Sample, recipe: Recipe, epoch: int, position: int) -> tuple[Pixels, masks.IdMap]:
     image, truth = open_pair(sample, recipe.classes)
     labels = truth.labels
-    with naming(sample):
+    with masks.naming(sample):
         if recipe.size is not None:
             image, labels = resize(image[:, :], labels, recipe.size)
         rng = seeded_rng(recipe.seed, epoch, position)

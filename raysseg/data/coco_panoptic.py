@@ -31,7 +31,7 @@ from raysseg.data.coco import (
 )
 from raysseg.data.files import read_file, read_rows, write_image
 from raysseg.data.index import Failure, SampleIndex, Written
-from raysseg.masks import IdMap, pack_id_map, to_dense, to_numbers
+from raysseg.masks import IMAGE_ERRORS, IdMap, pack_id_map, to_dense, to_numbers
 from raysseg.schema import ClassMap, InputError, Sample, Segment
 
 __all__ = ["MANIFEST", "finish", "read_index", "read_samples", "read_vocabulary", "write_part"]
@@ -132,7 +132,7 @@ def _to_numbers(data: bytes, segment_ids: list[int], size: tuple[int, int]) -> n
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
             pixels = np.array(file.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         raise InputError(f"the panoptic PNG can't be decoded ({error}); write the file anew") from error
     if pixels.shape[:2] != size:
         raise InputError(

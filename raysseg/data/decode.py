@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -14,7 +12,7 @@ from PIL import Image, ImageOps
 from raysseg import masks
 from raysseg.data.files import IMAGE_FORMATS, read_head
 from raysseg.data.jpeg import Jpeg, open_jpeg
-from raysseg.masks import IMAGE_ERRORS, explain
+from raysseg.masks import IMAGE_ERRORS, explain, naming
 from raysseg.schema import ClassMap, InputError, Sample
 
 Pixels = npt.NDArray[np.uint8]
@@ -111,12 +109,3 @@ def open_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels | Jpeg, masks.L
             f"{mend}"
         )
     return image, truth
-
-
-@contextmanager
-def naming(sample: Sample) -> Iterator[None]:
-    """Errors name the sample."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{sample.sample_id}: {error}") from error

@@ -185,7 +185,7 @@ def _mask_problem(sample: Sample, error: InputError) -> Problem:
     try:
         with Image.open(io.BytesIO(sample.id_map or b"")) as file:
             file.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except masks.IMAGE_ERRORS:
         return Problem("unreadable" if sample.segments is None or sample.id_map else "invalid_segmentation", str(error))
     return Problem("id_out_of_range", str(error))
 
