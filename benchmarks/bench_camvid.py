@@ -27,7 +27,7 @@ from raysseg.data.batches import iter_pairs
 from raysseg.data.index import Failure
 from raysseg.loop import learning_rate_factor, resolve_precision
 from raysseg.masks import to_indices
-from raysseg.metrics.semantic import SemanticMetric
+from raysseg.metrics import Metrics
 from raysseg.models import SegModel, build_model
 from raysseg.models.segformer import MEAN, STD
 from raysseg.predictor import predict, predict_pairs
@@ -120,12 +120,12 @@ def train_plain(job: config.TrainJob, classes: ClassMap) -> dict[str, float]:
 
 def score(model: SegModel, job: config.TrainJob, classes: ClassMap, dtype: torch.dtype) -> dict[str, float]:
     """Over the validation split, at the images' own size."""
-    metric = SemanticMetric(classes)
-    forward = partial(predict, model, size=job.data.size, dtype=dtype)
+    metric = Metrics("semantic", classes)
+    forward = partial(predict, model, size=job.data.size, dtype=dtype, inference=job.inference)
     for batch in predict_pairs(forward, iter_pairs(read_index(job.data.val), classes, rows=8)):
         for item in batch:
             assert not isinstance(item, Failure)
-            metric.update(item.prediction, item.pair.truth)
+            metric.update(item.pair.sample_id, item.prediction, item.pair.truth)
     return metric.compute()
 
 

@@ -15,7 +15,7 @@ from raysseg.config import MasksSource
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.index import Failure
 from raysseg.masks import IdMap, LabelMap, to_dense
-from raysseg.metrics.semantic import SemanticMetric
+from raysseg.metrics import Metrics
 from raysseg.schema import ClassMap
 
 SHIFT = (6, 9)  # pixels down and across by which the predictions are off
@@ -25,9 +25,9 @@ Pairs = Sequence[tuple[IdMap, IdMap]]
 
 
 def our_mean_iou(pairs: Pairs, classes: ClassMap) -> float:
-    metric = SemanticMetric(classes)
-    for prediction, truth in pairs:
-        metric.update(LabelMap(prediction, classes.ignore), LabelMap(truth, classes.ignore))
+    metric = Metrics("semantic", classes)
+    for i, (prediction, truth) in enumerate(pairs):
+        metric.update(str(i), LabelMap(prediction, classes.ignore), LabelMap(truth, classes.ignore))
     return metric.compute()["miou"]
 
 

@@ -71,7 +71,7 @@ def random_batches(job: config.TrainJob, number: int) -> list[Batch]:
 
 def build(job: config.TrainJob) -> SegModel:
     torch.manual_seed(job.seed)
-    return build_model(job.model, read_class_map(job.classes), job.loss).to(DEVICE)
+    return build_model(job.model, read_class_map(job.classes), loss=job.loss).to(DEVICE)
 
 
 def our_round(job: config.TrainJob, batches: list[Batch], steps: int) -> Round:
@@ -138,7 +138,9 @@ def check_same_loss(job: config.TrainJob, batch: Batch) -> None:
     model = build(job).eval()
     images, labels = (tensor.to(DEVICE) for tensor in to_tensors(batch))
     with torch.inference_mode():
-        ours = model(images, Targets(labels, torch.ones(len(labels), device=DEVICE))).losses["cross_entropy"]
+        ours = model(
+            images, Targets(labels, torch.ones(len(labels), device=DEVICE), torch.zeros(len(labels), dtype=torch.int64))
+        ).losses["cross_entropy"]
         theirs = model.net(pixel_values=model.normalise(images), labels=labels).loss
     assert math.isclose(ours, theirs, rel_tol=1e-4), (ours, theirs)
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from raysseg import storage
+from raysseg.config import Inference
 from raysseg.models import SegModel, load_model
 from raysseg.schema import ClassMap, Task
 
@@ -42,6 +43,7 @@ class Bundle:
         metrics: by name, such as `val/miou`.
         job: the resolved job that trained it.
         fingerprint: of the training data.
+        inference: how its outputs became masks in validation.
         versions: of the packages that wrote it.
     """
 
@@ -53,12 +55,14 @@ class Bundle:
     metrics: dict[str, float]
     job: dict[str, Any]
     fingerprint: dict[str, Any]
+    inference: Inference
     versions: dict[str, str]
 
 
 def write(bundle: Bundle, model: SegModel) -> None:
     """Publishes a bundle at its URI: weights, configuration and preprocessing first, `bundle.json` last."""
     manifest = {key: value for key, value in asdict(bundle).items() if key != "uri"}
+    manifest["inference"] = bundle.inference.model_dump(mode="json")
     with tempfile.TemporaryDirectory(prefix="raysseg-") as folder:
         model.save(Path(folder), bundle.preprocessing.size)
         storage.publish_folder(Path(folder), bundle.uri, MANIFEST, manifest)
@@ -80,13 +84,14 @@ def read(uri: str) -> Bundle:
         metrics=content["metrics"],
         job=content["job"],
         fingerprint=content["fingerprint"],
+        inference=Inference.model_validate(content["inference"]),
         versions=content["versions"],
     )
 
 
 def load(bundle: Bundle) -> SegModel:
     """The bundle's model, its files verified, on the CPU and in evaluation mode."""
-    return load_model(bundle.model, storage.fetch_folder(bundle.uri, MANIFEST), bundle.classes).eval()
+    return load_model(bundle.model, storage.fetch_folder(bundle.uri, MANIFEST), bundle.classes, bundle.task).eval()
 
 
 def copy(uri: str, to_uri: str) -> None:

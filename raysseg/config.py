@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raysseg import storage
+from raysseg.catalogue import HEADLINES, METRICS, MODELS
 from raysseg.schema import InputError, Task
 
 
@@ -45,15 +46,12 @@ ClassWeightScheme = Literal["inverse", "median_frequency", "effective_number"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-ModelName = Literal[
-    "segformer-tiny",
-    "segformer-b0",
-    "segformer-b1",
-    "segformer-b2",
-    "segformer-b3",
-    "segformer-b4",
-    "segformer-b5",
-]
+if TYPE_CHECKING:
+    ModelName = str
+    MetricName = str
+else:
+    ModelName = Literal[tuple(MODELS)]
+    MetricName = Literal[tuple(dict.fromkeys(name for names in METRICS.values() for name in names))]
 
 
 class Section(BaseModel):
@@ -282,6 +280,8 @@ class Model(Section):
     name: ModelName
     weights: str | None
     """A hub id, a local folder, an s3:// URI, or null: from scratch."""
+    encoder: str | None = None
+    """Of models that take any: the name of a backbone in timm."""
 
 
 class Loss(Section):
@@ -316,7 +316,9 @@ class Optimizer(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 6e-5
     head_lr_factor: Annotated[float, Field(gt=0)] = 1.0
-    """The head's learning rate over the backbone's."""
+    """The learning rate of what is new to the data set, over `lr`."""
+    backbone_lr_factor: Annotated[float, Field(ge=0)] = 1.0
+    """The learning rate of the image encoder over `lr`, where the model tells it apart; 0: it stays as it is."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW only."""
@@ -373,8 +375,22 @@ class Checkpoint(Section):
 
     keep: Annotated[int, Field(ge=1)] = 2
     """The best so many checkpoints and bundles stay, and the newest checkpoint."""
-    metric: str = "val/miou"
+    metric: str = ""
+    """Default: val/miou, val/mask_ap or val/pq, as the task is."""
     mode: Literal["max", "min"] = "max"
+
+
+class Inference(Section):
+    """How a model's outputs become masks."""
+
+    score_threshold: Share = 0.0
+    """Instances, and segments of panoptic segmentation, below this score are left out."""
+    mask_threshold: Share = 0.5
+    """A pixel belongs to an instance from this probability on."""
+    overlap_threshold: Share = 0.8
+    """Panoptic: a segment of which others cover more than the rest is left out (MaskFormer's)."""
+    max_instances: Annotated[int, Field(ge=1)] = 100
+    """Of an image, by score."""
 
 
 class S3(Section):
@@ -419,6 +435,11 @@ class TrainJob(BaseJob):
     schedule: Schedule = Schedule()
     batch: Batch = Batch()
     checkpoint: Checkpoint = Checkpoint()
+    metrics: tuple[MetricName, ...] = ()
+    """Beside the task's own, what takes longer: boundary_iou and surface (semantic), boundary_ap (instance),
+    boundary_pq (panoptic)."""
+    inference: Inference = Inference()
+    """In validation; the bundle takes it along."""
     precision: Precision = "auto"
     """auto: bf16 on GPUs that have it, else fp32."""
     compile: bool = False
@@ -439,17 +460,43 @@ class TrainJob(BaseJob):
     def _fill_model_defaults(cls, value: Any) -> Any:
         return _merged(_model_defaults(value.get("model")), value) if isinstance(value, Mapping) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_headline(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("task") in HEADLINES:
+            return _merged({"checkpoint": {"metric": f"val/{HEADLINES[value['task']]}"}}, value)
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.task != "semantic":
-            message = "`model.name` {name} segments semantically; set `task: semantic`"
-            raise PydanticCustomError("task", message, {"key": "task", "name": self.model.name})
+        entry = MODELS[self.model.name]
+        if self.task not in entry.tasks:
+            message = "received {task}; allowed for `model.name` {name}: {allowed}"
+            context = {"key": "task", "task": self.task, "name": self.model.name, "allowed": ", ".join(entry.tasks)}
+            raise PydanticCustomError("task", message, context)
+        if entry.has_own_loss:
+            takes = {"class_weights", "effective_beta"} if entry.takes_class_weights else set()
+            surplus = sorted(self.loss.model_fields_set - takes)
+            if surplus:
+                message = "{name} brings its own loss; allowed: {allowed}"
+                allowed = ", ".join(sorted(takes)) or "nothing; leave `loss` out"
+                context = {"key": f"loss.{surplus[0]}", "name": self.model.name, "allowed": allowed}
+                raise PydanticCustomError("loss", message, context)
+        _check_metrics(self.task, self.metrics)
         for split in ("train", "val"):
             source = getattr(self.data, split)
             if isinstance(source, MasksSource) and (source.images is None or source.masks is None):
                 message = "needs both `images` and `masks` to train"
                 raise PydanticCustomError("source", message, {"key": f"data.{split}"})
         return self
+
+
+def _check_metrics(task: Task, metrics: Sequence[str]) -> None:
+    surplus = [name for name in metrics if name not in METRICS[task]]
+    if surplus:
+        message = "{surplus} is none of this task's; allowed: {allowed}"
+        context = {"key": "metrics", "surplus": surplus[0], "allowed": ", ".join(METRICS[task])}
+        raise PydanticCustomError("metrics", message, context)
 
 
 class EvaluateJob(BaseJob):
@@ -460,6 +507,9 @@ class EvaluateJob(BaseJob):
     data: AnySource
     bundle: Uri | None = None
     predictions: AnySource | None = None
+    metrics: tuple[MetricName, ...] = ()
+    """Beside the task's own, what takes longer; see TrainJob."""
+    inference: Inference = Inference()
     batch: Batch = Batch()
     precision: Precision = "auto"
     storage: Uri | None = None
@@ -467,9 +517,7 @@ class EvaluateJob(BaseJob):
 
     @model_validator(mode="after")
     def _has_one_side(self) -> Self:
-        if self.task != "semantic":
-            message = "only semantic segmentation is scored; set `task: semantic`"
-            raise PydanticCustomError("task", message, {"key": "task"})
+        _check_metrics(self.task, self.metrics)
         if (self.bundle is None) == (self.predictions is None):
             raise PydanticCustomError("sides", "give either `bundle` or `predictions`")
         if isinstance(self.data, MasksSource):
@@ -552,12 +600,11 @@ JOBS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "shard
 
 
 def _model_defaults(model: object) -> dict[str, Any]:
-    """The authors' settings for a model (SegFormer: Xie et al. 2021, section 4.1); ten times the rate from scratch."""
-    if not isinstance(model, Mapping):
+    """The settings of a model's authors, see raysseg.catalogue."""
+    if not isinstance(model, Mapping) or (entry := MODELS.get(str(model.get("name")))) is None:
         return {}
-    if model.get("weights") is None:
-        return {"optimizer": {"lr": 6e-4}}
-    return {"optimizer": {"lr": 6e-5, "head_lr_factor": 10.0}}
+    defaults = {section: dict(values) for section, values in entry.defaults.items()}
+    return _merged(defaults, entry.from_scratch) if model.get("weights") is None else defaults
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -771,6 +818,3 @@ def _place(details: ErrorDetails, raw: Any) -> Iterator[str]:
         yield "format"
     if "key" in (context := details.get("ctx", {})):
         yield from [context["key"]] if kind == "unknown_key" else context["key"].split(".")
-
-
-MODEL_NAMES: tuple[str, ...] = get_args(ModelName)

@@ -11,15 +11,15 @@ from functools import cache
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from raysseg import bundle as bundles
 from raysseg import masks, report, storage
-from raysseg.config import EvaluateJob, Precision
+from raysseg.config import EvaluateJob, Inference, Precision
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.batches import Pair, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, write_failures
-from raysseg.metrics import METRICS, State
-from raysseg.metrics.semantic import mean_iou
+from raysseg.metrics import Metrics, State
 from raysseg.predictor import Predicted, Predictor, predict_pairs
 from raysseg.runtime import num_shares, spread
 from raysseg.schema import ClassMap, InputError, Sample
@@ -36,8 +36,8 @@ class Evaluation:
     Attributes:
         metrics: by name; NaN for a class that the truth lacks.
         absent: those classes.
-        confusion: (C, C + 1) pixels by (truth, prediction); the last column is no class.
-        scores: mIoU by sample id.
+        confusion: (C, C) pixels by (truth, prediction); None unless the task is semantic.
+        scores: of each sample by its id: mIoU, mask AP or PQ.
         examples: the worst, the median and the best samples.
         failures: samples that were skipped.
         images_per_s: over all workers, start-up left out.
@@ -45,7 +45,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     absent: list[str]
-    confusion: State
+    confusion: npt.NDArray[np.int64] | None
     scores: dict[str, float]
     examples: dict[str, list[report.Example]]
     failures: list[Failure]
@@ -79,10 +79,9 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Partial:
-    """One batch's counts; each sample's mIoU by its id."""
+    """One batch's counts."""
 
     state: State
-    scores: dict[str, float]
     failures: list[Failure]
 
 
@@ -108,7 +107,7 @@ def evaluate(job: EvaluateJob) -> EvaluateResult:
             job=job.model_dump(mode="json"),
             metrics=found.metrics,
             absent=found.absent,
-            confusion=found.confusion[:, :-1],
+            confusion=found.confusion,
             history=[],
             splits=[],
             examples=found.examples,
@@ -127,29 +126,29 @@ def measure(job: EvaluateJob, classes: ClassMap) -> Evaluation:
     Batches are fixed by the index, and counts are whole numbers: they are the same for any number of workers.
     """
     shared = _Shared(job, classes, *_matched(job), num_shares=num_shares(job.scaling))
-    metric = METRICS[job.task](classes)
-    scores: dict[str, float] = {}
+    metrics = Metrics(job.task, classes, job.metrics)
     failures = list(shared.truth.failures)
     started, reported = None, time.monotonic()
     for part in spread(_score_share, shared, range(shared.num_shares), job.scaling):
         started = started or time.monotonic()
-        metric.merge(part.state)
-        scores |= part.scores
+        metrics.merge(part.state)
         failures += part.failures
         if time.monotonic() - reported > 5:
             reported = time.monotonic()
-            logger.info("evaluate: %d of %d samples", len(scores), len(shared.truth))
+            logger.info("evaluate: %d of %d samples", len(metrics), len(shared.truth))
     elapsed = time.monotonic() - (started or 0.0)
+    scores = metrics.scores()
     if not scores:
         reasons = "; ".join(failure.reason for failure in failures[:3])
         raise InputError(f"evaluate: none of the {len(shared.truth)} samples could be used: {reasons}")
     picks = _pick(scores)
     examples = list(spread(_draw_examples, shared, [list(chain(*picks.values()))], job.scaling))
     by_id = {example.sample_id: replace(example, score=scores[example.sample_id]) for example in examples}
+    confusion = metrics.confusion()
     return Evaluation(
-        metrics=metric.compute(),
-        absent=metric.absent(),
-        confusion=metric.state(),
+        metrics=metrics.compute(),
+        absent=metrics.absent(),
+        confusion=confusion[:, :-1] if confusion is not None else None,
         scores=scores,
         examples={kind: [by_id[i] for i in ids] for kind, ids in picks.items()},
         failures=failures,
@@ -208,15 +207,14 @@ def _matched(job: EvaluateJob) -> tuple[SampleIndex, SampleIndex | None]:
 def _score_share(shared: _Shared, share: int) -> Iterator[_Partial]:
     """Scores every so-manieth batch of the index."""
     for batch in _iter_predicted(shared, share, with_images=shared.predictions is None):
-        metric = METRICS[shared.job.task](shared.classes)
-        scores: dict[str, float] = {}
+        metrics = Metrics(shared.job.task, shared.classes, shared.job.metrics)
         failures: list[Failure] = []
         for item in batch:
             if isinstance(item, Failure):
                 failures.append(item)
             else:
-                scores[item.pair.sample_id] = mean_iou(metric.update(item.prediction, item.pair.truth))
-        yield _Partial(metric.state(), scores, failures)
+                metrics.update(item.pair.sample_id, item.prediction, item.pair.truth)
+        yield _Partial(metrics.state(), failures)
 
 
 def _draw_examples(shared: _Shared, sample_ids: list[str]) -> Iterator[report.Example]:
@@ -228,18 +226,25 @@ def _draw_examples(shared: _Shared, sample_ids: list[str]) -> Iterator[report.Ex
     for item in chain.from_iterable(_iter_predicted(few, 0, with_images=True)):
         if not isinstance(item, Failure):
             pair, prediction = item
-            yield report.Example(pair.sample_id, pair.image, pair.truth.labels, prediction.labels, 0.0)
+            yield report.Example(pair.sample_id, pair.image, pair.truth, prediction, 0.0)
 
 
 def _iter_predicted(shared: _Shared, share: int, *, with_images: bool) -> Iterator[list[Predicted | Failure]]:
     """One share's batches of truth beside their predictions, made by the bundle or read."""
     rows, truth = shared.job.batch.per_worker, shared.truth
     truths = iter_pairs(
-        truth, shared.classes, rows=rows, share=share, num_shares=shared.num_shares, with_images=with_images
+        truth,
+        shared.classes,
+        shared.job.task,
+        rows=rows,
+        share=share,
+        num_shares=shared.num_shares,
+        with_images=with_images,
     )
     if shared.predictions is None:
         assert shared.job.bundle is not None, "the job's validator asks for one of them"
-        yield from predict_pairs(_predictor(shared.job.bundle, shared.job.precision).predict, truths)
+        predictor = _predictor(shared.job.bundle, shared.job.precision, shared.job.inference)
+        yield from predict_pairs(predictor.predict, truths)
         return
     for start, pairs in zip(range(share * rows, len(truth), shared.num_shares * rows), truths, strict=True):
         part = shared.predictions.take(np.arange(start, start + len(pairs)))
@@ -254,8 +259,8 @@ def _beside(pair: Pair | Failure, sample: Sample | Failure, shared: _Shared) -> 
     try:
         if isinstance(sample, Failure):
             raise InputError(sample.reason)
-        prediction = masks.to_dense(sample, shared.classes)
-        (height, width), (true_height, true_width) = prediction.labels.shape, pair.truth.labels.shape
+        prediction = masks.to_view(sample, shared.classes, shared.job.task)
+        (height, width), (true_height, true_width) = masks.size_of(prediction), masks.size_of(pair.truth)
         if (height, width) != (true_height, true_width):
             raise InputError(
                 f"{pair.sample_id}: the prediction is {width}x{height}, the truth {true_width}x{true_height} "
@@ -269,9 +274,9 @@ def _beside(pair: Pair | Failure, sample: Sample | Failure, shared: _Shared) -> 
 
 
 @cache
-def _predictor(bundle_uri: str, precision: Precision) -> Predictor:
+def _predictor(bundle_uri: str, precision: Precision, inference: Inference) -> Predictor:
     """A bundle's predictor, once a process."""
-    return Predictor(bundle_uri, precision=precision)
+    return Predictor(bundle_uri, precision=precision, inference=inference)
 
 
 def _pick(scores: dict[str, float]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raysseg import config
-from raysseg.data.batches import Batch
+from raysseg.data.augment import seeded_rng
+from raysseg.data.batches import Batch, Numbered
 from raysseg.data.index import Failure
 from raysseg.ledger import Ledger, num_steps
-from raysseg.models import Outputs, SegModel, Targets
+from raysseg.models import Outputs, Regions, SegModel, Targets
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Step:
     Attributes:
         step: steps done so far in the run, this one included.
         loss: this rank's part of the loss, scaled to the whole; a scalar on the device.
-        lr: learning rate of the backbone.
+        lr: learning rate, where no factor changes it.
         wait_s: seconds that this rank waited for data.
     """
 
@@ -112,19 +114,23 @@ def build_state(model: SegModel, optimizer: config.Optimizer, dtype: torch.dtype
 
 
 def build_optimizer(model: SegModel, settings: config.Optimizer) -> torch.optim.Optimizer:
-    """AdamW or SGD; norms, biases and other vectors carry no weight decay, the head has its own rate."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """AdamW or SGD; norms, biases and other vectors carry no weight decay, head and backbone have their own rates."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if name.startswith(model.backbone_prefixes):
+            factor = settings.backbone_lr_factor
+        else:
+            factor = settings.head_lr_factor if name.startswith(model.head_prefixes) else 1.0
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(model.head_prefixes), parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
     parts = [
         {
             "params": parameters,
             "weight_decay": settings.weight_decay if is_matrix else 0.0,
-            "lr": (rate := settings.lr * (settings.head_lr_factor if is_head else 1.0)),
+            "lr": (rate := settings.lr * factor),
             "base_lr": rate,
         }
-        for (is_head, is_matrix), parameters in groups.items()
+        for (factor, is_matrix), parameters in groups.items()
     ]
     if settings.name == "sgd":
         return torch.optim.SGD(parts, lr=settings.lr, momentum=settings.momentum)
@@ -169,8 +175,10 @@ def learning_rate_factor(schedule: config.Schedule, step: int, total: int) -> fl
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule.decay == "cosine" else 1.0
 
 
-def to_device(batch: Batch, device: torch.device, *, channels_last: bool) -> tuple[Tensor, Targets]:
-    """A batch as tensors: images (B, 3, H, W) uint8, labels (B, H, W) int64, weights (B,)."""
+def to_device(
+    batch: Batch, device: torch.device, *, channels_last: bool, seed: int = 0, epoch: int = 0
+) -> tuple[Tensor, Targets]:
+    """A batch as tensors: images (B, 3, H, W) uint8, and what they should come out as."""
     is_cuda = device.type == "cuda"
 
     def move(array: np.ndarray[Any, Any]) -> Tensor:
@@ -178,10 +186,18 @@ def to_device(batch: Batch, device: torch.device, *, channels_last: bool) -> tup
         tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         return tensor.pin_memory().to(device, non_blocking=True) if is_cuda else tensor
 
+    def to_regions(numbered: Numbered) -> Regions:
+        found = [(layer, int(n)) for layer in numbered.numbers for n in np.unique(layer) if n]
+        masks = [move((layer == n).view(np.uint8)) for layer, n in found]
+        stacked = torch.stack(masks) if masks else move(np.zeros((0, *numbered.numbers.shape[1:]), np.uint8))
+        return Regions(stacked.bool(), move(numbered.class_ids[[n - 1 for _, n in found]]))
+
     images = move(batch.images).permute(0, 3, 1, 2)
     if not channels_last:
         images = images.contiguous()
-    return images, Targets(move(batch.labels).long(), move(batch.weights))
+    seeds = np.array([seeded_rng(seed, epoch, int(p)).integers(2**62) if p >= 0 else 0 for p in batch.positions])
+    regions = tuple(map(to_regions, batch.regions)) if batch.regions else None
+    return images, Targets(move(batch.labels).long(), move(batch.weights), torch.from_numpy(seeds), regions)
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------
@@ -220,7 +236,9 @@ def fit(
             before = time.perf_counter()
             micro_batches = next(batches)
             wait_s = time.perf_counter() - before
-            lr = _set_rate(state.optimizer, learning_rate_factor(job.schedule, state.step, total))
+            factor = learning_rate_factor(job.schedule, state.step, total)
+            _set_rate(state.optimizer, factor)
+            lr = job.optimizer.lr * factor
             _seed_dropout(job.seed, state.step)
             losses = _optimise(model, state, micro_batches, job, dtype)
             stop = min(start + job.batch.global_size, num_samples)
@@ -240,7 +258,8 @@ def _optimise(
     DDP averages gradients over ranks, while each rank's loss is its part of one sum: hence the factor `num_ranks`.
     """
     device = next(state.model.parameters()).device
-    pairs = [to_device(batch, device, channels_last=job.channels_last) for batch in micro_batches]
+    move = partial(to_device, device=device, channels_last=job.channels_last, seed=job.seed, epoch=state.ledger.epoch)
+    pairs = [move(batch) for batch in micro_batches]
     normalisers = _sum_normalisers([state.model.normalisers(targets) for _, targets in pairs])
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     totals: dict[str, Tensor] = {}
@@ -272,10 +291,9 @@ def _sum_normalisers(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return dict(zip(names, total, strict=True))
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+def _set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return float(optimizer.param_groups[0]["lr"])
 
 
 def _seed_dropout(seed: int, step: int) -> None:

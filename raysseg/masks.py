@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from raysseg import rle
-from raysseg.schema import ClassMap, InputError, Sample, Segment
+from raysseg.schema import ClassMap, InputError, Sample, Segment, Task
 
 IdMap = npt.NDArray[np.uint8 | np.uint16]
 """(H, W), data-set ids or class indices."""
@@ -39,19 +39,58 @@ class LabelMap:
 
 @dataclass(frozen=True)
 class MaskSet:
-    """Instances of one image; they may overlap.
+    """Instances of one image; they may overlap, and lie encoded until they are asked for.
 
     Attributes:
-        masks: (N, H, W) bool.
+        size: (height, width).
+        rles: COCO's compressed RLE of each, N of them.
         class_ids: (N,) int64 class indices.
         is_crowd: (N,) bool, groups that are not told apart.
-        scores: (N,) float32 in [0, 1]; None for ground truth.
+        scores: (N,) float64 in [0, 1]; None for ground truth.
+        areas: (N,) float64 pixels, the data set's own where it states them; None: the masks'.
+        boxes: (N, 4) float64 x, y, width, height, the data set's own where it states them; None: around the masks.
     """
 
-    masks: npt.NDArray[np.bool_]
+    size: tuple[int, int]
+    rles: tuple[bytes, ...]
     class_ids: npt.NDArray[np.int64]
     is_crowd: npt.NDArray[np.bool_]
-    scores: npt.NDArray[np.float32] | None = None
+    scores: npt.NDArray[np.float64] | None = None
+    areas: npt.NDArray[np.float64] | None = None
+    boxes: npt.NDArray[np.float64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    @property
+    def masks(self) -> npt.NDArray[np.bool_]:
+        """All masks decoded at once, (N, H, W)."""
+        found = [rle.to_mask(rle.to_runs(encoded, self.size), self.size) for encoded in self.rles]
+        return np.stack(found) if found else np.zeros((0, *self.size), np.bool_)
+
+
+@dataclass(frozen=True)
+class SegmentMap:
+    """Segments of one image that don't overlap, things and stuff.
+
+    Attributes:
+        numbers: (H, W) uint8 or uint16, 1 + place of each pixel's segment; 0 for void.
+        class_ids: (N,) int64 class indices.
+        is_crowd: (N,) bool, groups that are not told apart.
+        scores: (N,) float64 in [0, 1]; None for ground truth.
+    """
+
+    numbers: IdMap
+    class_ids: npt.NDArray[np.int64]
+    is_crowd: npt.NDArray[np.bool_]
+    scores: npt.NDArray[np.float64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+
+View = LabelMap | MaskSet | SegmentMap
+"""What an image's labels are to a task: semantic, instance, panoptic."""
 
 
 # --- views of a sample --------------------------------------------------------------------------------------------
@@ -104,18 +143,121 @@ def to_instances(sample: Sample, classes: ClassMap) -> MaskSet:
         if sample.id_map is not None:
             numbers = _numbers(sample, sample.segments)
             size = (numbers.shape[0], numbers.shape[1])
-            found = [numbers == number for number, _, _ in things]
+            found = [rle.from_mask(numbers == number) for number, _, _ in things]
         else:
             size = (sample.height, sample.width)
-            found = [rle.to_mask(_runs(segment, size), size) for _, segment, _ in things]
-    kept = [i for i, mask in enumerate(found) if mask.any()]
-    scores = [things[i][1].score for i in kept]
+            found = [segment.rle or b"" for _, segment, _ in things]
+        is_kept = [rle.area(rle.to_runs(encoded, size)) > 0 for encoded in found]
+    kept = [
+        (encoded, segment, index)
+        for encoded, (_, segment, index), keep in zip(found, things, is_kept, strict=True)
+        if keep
+    ]
+    segments = [segment for _, segment, _ in kept]
     return MaskSet(
-        masks=np.stack([found[i] for i in kept]) if kept else np.zeros((0, *size), np.bool_),
-        class_ids=np.array([things[i][2] for i in kept], np.int64),
-        is_crowd=np.array([things[i][1].is_crowd for i in kept], np.bool_),
-        scores=None if None in scores or not kept else np.array(scores, np.float32),
+        size=size,
+        rles=tuple(encoded for encoded, _, _ in kept),
+        class_ids=np.array([index for _, _, index in kept], np.int64),
+        is_crowd=np.array([segment.is_crowd for segment in segments], np.bool_),
+        scores=_known([segment.score for segment in segments]),
+        areas=_known([segment.area for segment in segments]),
+        boxes=_known([segment.box for segment in segments]),
     )
+
+
+def to_segment_map(sample: Sample, classes: ClassMap) -> SegmentMap:
+    """The panoptic view of a sample: its segments, those of one stuff class as one; what has no class is void.
+
+    Of overlapping segments the smaller one wins, and crowds lose.
+
+    Raises:
+        InputError: the sample's labels are of classes alone, a label can't be read, or holds unknown ids.
+    """
+    with naming(sample):
+        if sample.segments is None:
+            raise InputError("has labels of classes alone; panoptic segmentation needs COCO panoptic annotations")
+        numbers, _ = to_numbers(sample)
+        indices = [_index_of(segment.class_id, classes) for segment in sample.segments]
+    place: dict[tuple[int, int], int] = {}  # of a segment in the view, by class and, of things and crowds, by number
+    table: IdMap = np.zeros(len(indices) + 1, numbers.dtype)
+    kept = []
+    for number, (segment, index) in enumerate(zip(sample.segments, indices, strict=True), 1):
+        if index is None:
+            continue
+        is_single = classes.things[index] or segment.is_crowd
+        key = (index, number if is_single else 0)
+        if key not in place:
+            kept.append((segment, index))
+            place[key] = len(kept)
+        table[number] = place[key]
+    return SegmentMap(
+        numbers=table.take(numbers),
+        class_ids=np.array([index for _, index in kept], np.int64),
+        is_crowd=np.array([segment.is_crowd for segment, _ in kept], np.bool_),
+        scores=_known([segment.score for segment, _ in kept]),
+    )
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Regions of one image as few maps of numbers, which transforms of labels can move; what overlaps is in several.
+
+    Attributes:
+        labels: (H, W) class indices; `ignore` for void and crowds, `nothing` between instances.
+        numbers: (L, H, W) uint8 or uint16, 1 + place of each pixel's region; each region is in one layer.
+        class_ids: (N,) int64 class indices; crowds have no region.
+    """
+
+    labels: IdMap
+    numbers: IdMap
+    class_ids: npt.NDArray[np.int64]
+
+
+def to_layers(view: MaskSet | SegmentMap, classes: ClassMap) -> Layers:
+    """Regions that may overlap as layers; segment maps need one, instances as many as lie above each other."""
+    kept = np.flatnonzero(~view.is_crowd)
+    class_ids = view.class_ids[kept]
+    dtype = np.uint8 if len(kept) < 256 else np.uint16
+    if isinstance(view, SegmentMap):
+        renumbered: IdMap = np.zeros(len(view) + 1, dtype)
+        renumbered[kept + 1] = np.arange(1, len(kept) + 1)
+        numbers: IdMap = renumbered.take(view.numbers)[None]
+        table: IdMap = np.full(len(kept) + 1, classes.ignore, classes.dtype)
+        table[1:] = class_ids
+        return Layers(table.take(numbers[0]), numbers, class_ids)
+    height, width = view.size
+    runs = [rle.to_runs(encoded, view.size) for encoded in view.rles]
+    values = np.where(view.is_crowd, classes.ignore, view.class_ids).tolist()
+    labels = _paint(view.size, runs, values, view.is_crowd.tolist(), classes.nothing, classes.dtype)
+    layers: list[IdMap] = [np.zeros(height * width, dtype)]  # down the columns
+    for number, place in enumerate(kept, 1):
+        free: IdMap | None = next((layer for layer in layers if not rle.is_painted(layer, runs[place])), None)
+        if free is None:
+            free = np.zeros(height * width, dtype)
+            layers.append(free)
+        rle.paint(free, runs[place], number)
+    stacked: IdMap = np.ascontiguousarray(np.stack(layers).reshape(-1, width, height).transpose(0, 2, 1))
+    return Layers(labels, stacked, class_ids)
+
+
+def to_view(sample: Sample, classes: ClassMap, task: Task) -> View:
+    """What a sample's labels are to a task."""
+    if task == "semantic":
+        return to_dense(sample, classes)
+    return to_instances(sample, classes) if task == "instance" else to_segment_map(sample, classes)
+
+
+def size_of(view: View) -> tuple[int, int]:
+    """(height, width) of the image."""
+    if isinstance(view, MaskSet):
+        return view.size
+    array = view.labels if isinstance(view, LabelMap) else view.numbers
+    return array.shape[0], array.shape[1]
+
+
+def _known(values: Sequence[float | tuple[float, ...] | None]) -> npt.NDArray[np.float64] | None:
+    """The values as an array, where there are any and none is missing."""
+    return None if None in values or not values else np.array(values, np.float64)
 
 
 def to_numbers(sample: Sample) -> tuple[IdMap, int]:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from raysseg import bundle as bundles
-from raysseg.config import Precision
+from raysseg.config import Inference, Precision
 from raysseg.data.augment import resize_image
 from raysseg.data.batches import Pair
 from raysseg.data.decode import Pixels
 from raysseg.data.index import Failure
 from raysseg.loop import resolve_precision
-from raysseg.masks import LabelMap
+from raysseg.masks import View
 from raysseg.models import Outputs, SegModel
 
 MIN_SIDE = 64  # pixels; SegFormer's attention reduces sides 32 times
@@ -25,7 +25,7 @@ class Predicted(NamedTuple):
     """A sample, and the prediction beside its truth; of one size."""
 
     pair: Pair
-    prediction: LabelMap
+    prediction: View
 
 
 class Predictor:
@@ -35,32 +35,45 @@ class Predictor:
         bundle_uri: local or s3:// folder.
         device: torch's name of it; default: the GPU where there is one, else the CPU.
         precision: of the forward passes.
+        inference: how outputs become masks; default: as the bundle was validated.
 
     Raises:
         StorageError: there is no whole bundle at the URI.
     """
 
-    def __init__(self, bundle_uri: str, *, device: str | None = None, precision: Precision = "auto") -> None:
+    def __init__(
+        self,
+        bundle_uri: str,
+        *,
+        device: str | None = None,
+        precision: Precision = "auto",
+        inference: Inference | None = None,
+    ) -> None:
         self.bundle = bundles.read(bundle_uri)
+        self._inference = inference or self.bundle.inference
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = bundles.load(self.bundle).to(self._device)
         self._dtype = resolve_precision(precision, self._device)
 
-    def predict(self, images: Sequence[Pixels]) -> list[LabelMap]:
+    def predict(self, images: Sequence[Pixels]) -> list[View]:
         """Segments images, each (H, W, 3) uint8 RGB of any size; masks are of the images' own sizes."""
-        return predict(self._model, images, self.bundle.preprocessing.size, self._dtype)
+        return predict(self._model, images, self.bundle.preprocessing.size, self._dtype, self._inference)
 
     def logits(self, image: Pixels) -> Tensor:
-        """The model's raw output for one image, (1, C, h, w)."""
+        """A semantic model's raw output for one image, (1, C, h, w)."""
         size = _input_size(image, self.bundle.preprocessing.size)
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=_is_mixed(self._dtype)):
             outputs: Outputs = self._model(_to_tensor([image], size, self._device))
-            return outputs.logits
+            return outputs.values["logits"]
 
 
 def predict(
-    model: SegModel, images: Sequence[Pixels], size: tuple[int, int] | None, dtype: torch.dtype
-) -> list[LabelMap]:
+    model: SegModel,
+    images: Sequence[Pixels],
+    size: tuple[int, int] | None,
+    dtype: torch.dtype,
+    inference: Inference,
+) -> list[View]:
     """Segments images with a model in evaluation mode; images of one size go through together.
 
     Args:
@@ -68,22 +81,23 @@ def predict(
         images: each (H, W, 3) uint8 RGB.
         size: (height, width) that they are resized to first; None: as they are.
         dtype: of the forward pass.
+        inference: how outputs become masks.
     """
     device = next(model.parameters()).device
     by_size: dict[tuple[int, int], list[int]] = {}
     for i, image in enumerate(images):
         by_size.setdefault(_input_size(image, size), []).append(i)
-    out: dict[int, LabelMap] = {}
+    out: dict[int, View] = {}
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=_is_mixed(dtype)):
         for input_size, places in by_size.items():
             outputs = model(_to_tensor([images[i] for i in places], input_size, device))
             sizes = [(images[i].shape[0], images[i].shape[1]) for i in places]
-            out |= zip(places, model.decode(outputs, sizes), strict=True)
+            out |= zip(places, model.decode(outputs, sizes, inference), strict=True)
     return [out[i] for i in range(len(images))]
 
 
 def predict_pairs(
-    predict_images: Callable[[list[Pixels]], list[LabelMap]], batches: Iterable[Sequence[Pair | Failure]]
+    predict_images: Callable[[list[Pixels]], list[View]], batches: Iterable[Sequence[Pair | Failure]]
 ) -> Iterator[list[Predicted | Failure]]:
     """Batches of ground truth with their predictions beside them; a failure keeps its place."""
     for pairs in batches:

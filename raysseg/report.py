@@ -18,12 +18,13 @@ import numpy.typing as npt
 import yaml
 from PIL import Image
 
+from raysseg.catalogue import HEADLINES
+from raysseg.masks import LabelMap, View, to_layers
 from raysseg.schema import ClassMap, Task
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 Labels = npt.NDArray[np.uint8 | np.uint16]  # (H, W) class indices, ClassMap.ignore where not labelled
 
-HEADLINES: dict[Task, str] = {"semantic": "miou", "instance": "mask_ap", "panoptic": "pq"}
 PER_CLASS = {"iou": "IoU", "dice": "Dice", "pq": "PQ", "mask_ap": "mask AP"}
 LABELS = {
     "miou": "mIoU",
@@ -41,12 +42,12 @@ WRONG = (196, 0, 74)  # darker than the pale grey around it, so that it does not
 
 @dataclass(frozen=True)
 class Example:
-    """An image, its labels and what the model made of it; ``score`` is its mIoU, or NaN."""
+    """An image, its labels and what the model made of it; ``score`` is its mIoU, mask AP or PQ, or NaN."""
 
     sample_id: str
     image: Pixels
-    truth: Labels
-    prediction: Labels | None
+    truth: View
+    prediction: View | None
     score: float
 
 
@@ -304,30 +305,41 @@ def to_ink(colour: tuple[int, int, int]) -> str:
 
 def view_example(example: Example, classes: ClassMap) -> ExampleView:
     """The example's pictures, its legend and how much of it is wrong."""
-    size = picture_size(*example.truth.shape)
+    truth, regions = flatten(example.truth, classes)
+    size = picture_size(*truth.shape)
     image = np.asarray(Image.fromarray(example.image).resize(size, Image.Resampling.BOX))
-    truth = resize_labels(example.truth, size)
-    paintings = {"Image": image, "Ground truth": paint_labels(image, truth, classes)}
-    wrong = math.nan
+    shown = resize_labels(truth, size)
+    paintings = {"Image": image, "Ground truth": paint_labels(image, shown, classes, resize_labels(regions, size))}
+    wrong, prediction = math.nan, None
     if example.prediction is not None:
-        prediction, is_labelled = resize_labels(example.prediction, size), example.truth != classes.ignore
-        wrong = float((example.prediction != example.truth)[is_labelled].mean()) if is_labelled.any() else math.nan
-        paintings["Prediction"] = paint_labels(image, prediction, classes)
-        paintings["Errors"] = paint_errors(image, truth, prediction, classes.ignore)
+        prediction, regions = flatten(example.prediction, classes)
+        guess, is_labelled = resize_labels(prediction, size), truth != classes.ignore
+        wrong = float((prediction != truth)[is_labelled].mean()) if is_labelled.any() else math.nan
+        paintings["Prediction"] = paint_labels(image, guess, classes, resize_labels(regions, size))
+        paintings["Errors"] = paint_errors(image, shown, guess, classes.ignore)
     return ExampleView(
         sample_id=example.sample_id,
         score=example.score,
         wrong=wrong,
         pictures=[Picture(name, to_data_uri(pixels), size) for name, pixels in paintings.items()],
-        legend=class_ious(example.truth, example.prediction, classes.ignore),
+        legend=class_ious(truth, prediction, classes.ignore),
     )
+
+
+def flatten(view: View, classes: ClassMap) -> tuple[Labels, Labels]:
+    """Each pixel's class and the number of its region, both (H, W); of overlapping instances the smaller is on top."""
+    if isinstance(view, LabelMap):
+        return view.labels, view.labels
+    layers = to_layers(view, classes)
+    return layers.labels, layers.numbers.max(0)
 
 
 def class_ious(truth: Labels, prediction: Labels | None, ignore: int) -> dict[int, float]:
     """IoU over the labelled pixels of each class that occurs in the image; NaN where there is none."""
     guess = truth if prediction is None else prediction
     ious = {}
-    for index in sorted({*np.unique(truth).tolist(), *np.unique(guess).tolist()} - {ignore}):
+    present = {*np.unique(truth).tolist(), *np.unique(guess).tolist()}
+    for index in sorted(index for index in present if index < ignore - 1):  # which are those of no class
         is_true, is_guessed = truth == index, (guess == index) & (truth != ignore)
         union = int((is_true | is_guessed).sum())
         ious[index] = float((is_true & is_guessed).sum() / union) if union and prediction is not None else math.nan
@@ -348,11 +360,16 @@ def resize_labels(labels: Labels, size: tuple[int, int]) -> Labels:
     return labels[nearest]
 
 
-def paint_labels(image: Pixels, labels: Labels, classes: ClassMap) -> Pixels:
-    """The image under its classes' colours, a thin line between regions, and hatching where it is not labelled."""
-    is_ignored = labels == classes.ignore
-    colours = classes.palette[np.where(is_ignored, 0, labels)]  # (H, W, 3)
-    return outline(hatch((1 - OPACITY) * image + OPACITY * colours, image, is_ignored), labels)
+def paint_labels(image: Pixels, labels: Labels, classes: ClassMap, regions: Labels | None = None) -> Pixels:
+    """The image under its classes' colours, a thin line between regions, and hatching where it is not labelled.
+
+    Regions, (H, W), are told apart by number; without them, by class.
+    """
+    is_class = labels < len(classes)
+    colours = classes.palette[np.where(is_class, labels, 0)]  # (H, W, 3)
+    opacity = OPACITY * is_class[..., None]
+    hatched = hatch((1 - opacity) * image + opacity * colours, image, labels == classes.ignore)
+    return outline(hatched, labels if regions is None else regions)
 
 
 def paint_errors(image: Pixels, truth: Labels, prediction: Labels, ignore: int) -> Pixels:

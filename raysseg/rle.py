@@ -81,9 +81,21 @@ def to_mask(runs: Runs, size: tuple[int, int]) -> Mask:
 
 def paint(pixels: npt.NDArray[np.integer], runs: Runs, value: int) -> None:
     """Gives the foreground of runs a value, in an image that lies down the columns, (W * H,)."""
-    spans = runs[1 : len(runs) // 2 * 2]  # from the first pixel of the foreground to the last
-    is_foreground = (np.arange(len(spans)) % 2 == 0).repeat(spans)
-    pixels[runs[0] :][: len(is_foreground)][is_foreground] = value
+    window, is_foreground = _foreground(pixels, runs)
+    window[is_foreground] = value
+
+
+def is_painted(pixels: npt.NDArray[np.integer], runs: Runs) -> bool:
+    """Whether any pixel of the foreground of runs has a value already; see paint."""
+    window, is_foreground = _foreground(pixels, runs)
+    return bool(window[is_foreground].any())
+
+
+def _foreground(pixels: npt.NDArray[np.integer], runs: Runs) -> tuple[npt.NDArray[np.integer], Mask]:
+    """The pixels from the first of the foreground to the last, and which of them belong to it."""
+    spans = runs[1 : len(runs) // 2 * 2]
+    is_foreground: Mask = (np.arange(len(spans)) % 2 == 0).repeat(spans)
+    return pixels[runs[0] :][: len(is_foreground)], is_foreground
 
 
 def area(runs: Runs) -> int:

@@ -57,6 +57,11 @@ class ClassMap:
         """The value of ignored pixels in index maps: 255, or 65535 from 255 classes on."""
         return int(np.iinfo(self.dtype).max)
 
+    @property
+    def nothing(self) -> int:
+        """The value of pixels in index maps that are known to be of no class, such as between instances."""
+        return self.ignore - 1
+
     @cached_property
     def index_of(self) -> dict[int, int]:
         """The index of each data-set id that is read as a class."""
@@ -83,12 +88,16 @@ class Segment:
         is_crowd: a group that is not told apart; neither right nor wrong to predict.
         score: confidence in [0, 1] of a prediction; None for ground truth.
         rle: COCO's compressed RLE over the sample's (height, width); None where the sample's id map holds the region.
+        area: pixels, where the data set states them itself; COCO's size classes go by that.
+        box: x, y, width, height in pixels, where the data set states it itself.
     """
 
     class_id: int
     is_crowd: bool
     score: float | None
     rle: bytes | None
+    area: float | None = None
+    box: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ def _to_canonical(sample: Sample | Failure, classes: ClassMap) -> Sample:
     if isinstance(sample, Failure):
         raise InputError(sample.reason)
     _, truth = decode_pair(sample, classes)
+    assert isinstance(truth, masks.LabelMap)
     height, width = truth.labels.shape
     sample = replace(sample, height=height, width=width)
     if sample.segments is None:

@@ -28,9 +28,9 @@ from raysseg.data.sampling import Factors, Presence, num_positions, repeat_facto
 from raysseg.evaluate import Evaluation, describe_failures, measure
 from raysseg.losses import ClassPixels, balance, count_pixels
 from raysseg.masks import BINARY_MEND, to_dense
-from raysseg.metrics import METRICS
+from raysseg.metrics import Metrics
 from raysseg.runtime import as_input_error, connect, gpus_per_worker, log_to_stderr, num_shares, spread
-from raysseg.schema import ClassMap, InputError
+from raysseg.schema import ClassMap, InputError, Task
 from raysseg.worker import Plan, Saved, train_epochs
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def train(job: TrainJob) -> TrainResult:
     _check_metric(job, classes)
     splits = {"train": read_index(job.data.train), "val": read_index(job.data.val)}
     for split, index in splits.items():
-        _look_at(split, index, classes)
+        _look_at(split, index, classes, job.task)
     counted = {split: _count(job, split, index, classes) for split, index in splits.items()}
     counts = {split: pixels for split, (pixels, _) in counted.items()}
     _open_run(job)
@@ -83,15 +83,15 @@ def train(job: TrainJob) -> TrainResult:
 
 
 def _check_metric(job: TrainJob, classes: ClassMap) -> None:
-    known = ["train/loss", *(f"val/{name}" for name in METRICS[job.task](classes).compute())]
+    known = ["train/loss", *(f"val/{name}" for name in Metrics(job.task, classes, job.metrics).compute())]
     if job.checkpoint.metric not in known:
         raise InputError(f"checkpoint.metric: received {job.checkpoint.metric!r}; allowed: {', '.join(known)}")
 
 
-def _look_at(split: str, index: SampleIndex, classes: ClassMap) -> None:
+def _look_at(split: str, index: SampleIndex, classes: ClassMap, task: Task) -> None:
     """Decodes a few samples, so that what is wrong with all of them shows before a cluster starts."""
     try:
-        for _ in iter_pairs(index.thinned(_LOOK), classes, rows=1):
+        for _ in iter_pairs(index.thinned(_LOOK), classes, task, rows=1):
             pass
     except InputError as error:
         raise InputError(f"data.{split}: {error}") from error
@@ -331,6 +331,8 @@ def _finish(plan: Plan, counts: dict[str, ClassPixels]) -> TrainResult:
             task=job.task,
             data=job.data.val,
             bundle=bundle_uri,
+            metrics=job.metrics,
+            inference=job.inference,
             batch=job.batch,
             precision=job.precision,
             scaling=job.scaling if len(plan.val) > _EVALUATE else Scaling(workers=0),
@@ -364,7 +366,7 @@ def _report_page(
         job=job.model_dump(mode="json"),
         metrics=evaluation.metrics,
         absent=evaluation.absent,
-        confusion=evaluation.confusion[:, :-1],
+        confusion=evaluation.confusion,
         history=[{**row, "epoch": row["epoch"] + 1} for row in history],  # people count from 1
         splits=[
             report.SplitCounts(split, sizes[split], count.pixels, count.ignored) for split, count in counts.items()

@@ -34,7 +34,7 @@ from raysseg.loop import (
     synchronise_batch_norm,
     wrap,
 )
-from raysseg.metrics import METRICS
+from raysseg.metrics import Metrics
 from raysseg.models import SegModel, build_model
 from raysseg.predictor import predict, predict_pairs
 from raysseg.schema import ClassMap, InputError
@@ -124,7 +124,7 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device) -> I
 
 
 def _build_on(plan: Plan, device: torch.device, num_workers: int) -> SegModel:
-    model = build_model(plan.job.model, plan.classes, plan.job.loss, plan.class_weights)
+    model = build_model(plan.job.model, plan.classes, plan.job.task, plan.job.loss, plan.class_weights)
     if num_workers > 1 and device.type == "cuda":
         model = synchronise_batch_norm(model)
     elif num_workers > 1:
@@ -153,24 +153,26 @@ def _validate(
     if num_workers > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    metric = METRICS[plan.job.task](plan.classes)
+    job = plan.job
+    metrics = Metrics(job.task, plan.classes, job.metrics)
     failures: list[Failure] = []
     model.eval()
-    rows = plan.job.batch.per_worker
-    batches = iter_pairs(plan.val, plan.classes, rows=rows, share=rank, num_shares=num_workers)
-    forward = partial(predict, model, size=plan.job.data.size, dtype=dtype)
+    batches = iter_pairs(
+        plan.val, plan.classes, job.task, rows=job.batch.per_worker, share=rank, num_shares=num_workers
+    )
+    forward = partial(predict, model, size=job.data.size, dtype=dtype, inference=job.inference)
     for item in chain.from_iterable(predict_pairs(forward, batches)):
         if isinstance(item, Failure):
             failures.append(item)
         else:
-            metric.update(item.prediction, item.pair.truth)
+            metrics.update(item.pair.sample_id, item.prediction, item.pair.truth)
     model.train()
     if num_workers > 1:
-        total = torch.from_numpy(metric.state()).to(next(model.parameters()).device)
-        dist.all_reduce(total)
-        metric = METRICS[plan.job.task](plan.classes)
-        metric.merge(total.cpu().numpy())
-    return {f"val/{name}": value for name, value in metric.compute().items()}, failures
+        states: list[Any] = [None] * num_workers
+        dist.all_gather_object(states, metrics.state())
+        for state in states:
+            metrics.merge(state)
+    return {f"val/{name}": value for name, value in metrics.compute().items()}, failures
 
 
 class _Skipped:
@@ -277,6 +279,7 @@ def _write_bundle(state: TrainState, plan: Plan) -> None:
         metrics=state.history[-1],
         job=job.model_dump(mode="json"),
         fingerprint=plan.fingerprint,
+        inference=job.inference,
         versions=bundles.installed_versions(),
     )
     bundles.write(bundle, state.model)

@@ -104,10 +104,17 @@ def augment(
     Returns:
         Image (h, w, 3) and labels (h, w), new and contiguous.
     """
-    view = View(size=crop, window=(0, 0, *crop))
-    if config is not None:
-        view = draw_view(labels, crop=crop, config=config, ignore=ignore, rng=rng)
+    view = choose_view(labels, crop=crop, config=config, ignore=ignore, rng=rng)
     return apply_view(view, image, labels, ignore=ignore)
+
+
+def choose_view(
+    labels: IdMap, *, crop: tuple[int, int], config: Augment | None, ignore: int, rng: np.random.Generator
+) -> View:
+    """The view that ``augment`` shows: a drawn one, or the top left corner."""
+    if config is None:
+        return View(size=crop, window=(0, 0, *crop))
+    return draw_view(labels, crop=crop, config=config, ignore=ignore, rng=rng)
 
 
 def draw_view(labels: IdMap, *, crop: tuple[int, int], config: Augment, ignore: int, rng: np.random.Generator) -> View:
@@ -192,30 +199,47 @@ def _is_good(visible: IdMap, totals: npt.NDArray[np.int64] | None, config: Augme
 def apply_view(view: View, image: Image | Windowed, labels: IdMap, *, ignore: int) -> tuple[Image, IdMap]:
     """The view of this image and of its labels; returns as ``augment`` does."""
     assert image.shape == (*labels.shape, 3), (image.shape, labels.shape)
-    # What a turn brings in from beyond the upright crop is cut and resized too.
-    reach_y, reach_x = _reach(view.size, view.angle)
-    top, left, height, width = view.window
-    rows, above, num_rows, below = _place(labels.shape[0], top, height, view.size[0], reach_y)
-    columns, before, num_columns, after = _place(labels.shape[1], left, width, view.size[1], reach_x)
-    shown = (num_rows, num_columns)
-
-    pixels, labels = image[rows, columns], labels[rows, columns]
-    is_growing = shown[0] * shown[1] > labels.size
+    rows, columns, shown, borders = _frame(view, image.shape)
+    pixels = image[rows, columns]
+    is_growing = shown[0] * shown[1] > pixels.shape[0] * pixels.shape[1]
     if is_growing:  # recoloured where there are fewer pixels
         pixels = adjust_colour(pixels, view.colours)
-    pixels, labels = resize(pixels, labels, shown)
+    pixels = resize_image(pixels, shown)
     if not is_growing:
         pixels = adjust_colour(pixels, view.colours)
-    borders = (above, below, before, after, cv2.BORDER_CONSTANT)
-    pixels = cv2.copyMakeBorder(pixels, *borders, value=FILL)  # copies even where there is nothing to add
-    labels = cv2.copyMakeBorder(labels, *borders, value=ignore)
+    pixels = cv2.copyMakeBorder(pixels, *borders, cv2.BORDER_CONSTANT, value=FILL)  # copies even where nothing is added
     if view.angle:
         pixels = _turn(pixels, view, cv2.INTER_LINEAR, FILL)
-        labels = _turn(labels, view, cv2.INTER_NEAREST, (ignore,))
+    return _flip(pixels, view), view_labels(view, labels, fill=ignore)
+
+
+def view_labels(view: View, labels: IdMap, *, fill: int) -> IdMap:
+    """The view of a label map alone, new and contiguous; ``fill`` stands where it reaches beyond."""
+    rows, columns, shown, borders = _frame(view, labels.shape)
+    labels = resize_labels(labels[rows, columns], shown)
+    labels = cv2.copyMakeBorder(labels, *borders, cv2.BORDER_CONSTANT, value=fill)
+    if view.angle:
+        labels = _turn(labels, view, cv2.INTER_NEAREST, (fill,))
+    return _flip(labels, view)
+
+
+def _frame(view: View, shape: tuple[int, ...]) -> tuple[slice, slice, tuple[int, int], tuple[int, int, int, int]]:
+    """The rows and columns that a view shows, their size in the result, and the borders around them.
+
+    What a turn brings in from beyond the upright crop is cut and resized too.
+    """
+    reach_y, reach_x = _reach(view.size, view.angle)
+    top, left, height, width = view.window
+    rows, above, num_rows, below = _place(shape[0], top, height, view.size[0], reach_y)
+    columns, before, num_columns, after = _place(shape[1], left, width, view.size[1], reach_x)
+    return rows, columns, (num_rows, num_columns), (above, below, before, after)
+
+
+def _flip(array: npt.NDArray[Any], view: View) -> npt.NDArray[Any]:
     for is_wanted, axis in ((view.is_flipped, 1), (view.is_upside_down, 0)):
         if is_wanted:
-            pixels, labels = cv2.flip(pixels, axis), cv2.flip(labels, axis)
-    return pixels, labels
+            array = cv2.flip(array, axis)
+    return array
 
 
 def _reach(size: tuple[int, int], angle: float) -> tuple[float, float]:

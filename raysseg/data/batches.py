@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,12 @@ from raysseg import masks
 from raysseg.config import AnySource, Augment, TrainJob
 from raysseg.config import Batch as BatchConfig
 from raysseg.data import read_samples
-from raysseg.data.augment import augment, resize, seeded_rng
+from raysseg.data.augment import apply_view, choose_view, resize, resize_labels, seeded_rng, view_labels
 from raysseg.data.decode import Pixels, decode_pair, open_pair
 from raysseg.data.index import Failure, SampleIndex
 from raysseg.data.sampling import Factors, Order, epoch_order, num_positions, num_windows
 from raysseg.ledger import Ledger, deal
-from raysseg.schema import ClassMap, InputError, Sample
+from raysseg.schema import ClassMap, InputError, Sample, Task
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -31,15 +31,29 @@ CHUNK_ROWS = 32  # samples that a worker's loader reads at least in one go
 PART_BYTES = 8 * 2**20  # of pixels that are decoded in one go; larger arrays cost a page fault every 4 KiB
 
 
+class Numbered(NamedTuple):
+    """The regions of one row.
+
+    Attributes:
+        numbers: (L, H, W) uint8 or uint16, 1 + place of each pixel's region, 0 for none; see masks.Layers.
+        class_ids: (N,) int64 class indices; not every region need be in sight.
+    """
+
+    numbers: masks.IdMap
+    class_ids: npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Training samples of one size.
 
     Attributes:
         images: (B, H, W, 3) uint8 RGB.
-        labels: (B, H, W) class indices, uint8 or uint16.
+        labels: (B, H, W) class indices, uint8 or uint16; where the task is not semantic, with the class list's
+            `nothing` between instances.
         weights: (B,) float32; 0 for rows that stand in for nothing or for a skipped sample, else 1.
         positions: (B,) int64 in the epoch; -1 for rows that stand in for nothing.
+        regions: B; none where the task is semantic.
         failures: samples that were skipped.
     """
 
@@ -47,6 +61,7 @@ class Batch:
     labels: masks.IdMap
     weights: npt.NDArray[np.float32]
     positions: npt.NDArray[np.int64]
+    regions: tuple[Numbered, ...] = ()
     failures: tuple[Failure, ...] = ()
 
     def __len__(self) -> int:
@@ -56,7 +71,8 @@ class Batch:
         """Some rows, as views; the failures stay with the first row."""
         rows = slice(start, stop)
         failures = self.failures if start == 0 else ()
-        return Batch(self.images[rows], self.labels[rows], self.weights[rows], self.positions[rows], failures)
+        arrays = self.images[rows], self.labels[rows], self.weights[rows], self.positions[rows]
+        return Batch(*arrays, self.regions[rows], failures)
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,7 @@ class Recipe:
     """How a sample becomes a row of a batch."""
 
     classes: ClassMap
+    task: Task
     size: tuple[int, int] | None
     crop: tuple[int, int]
     augment: Augment | None
@@ -125,7 +142,7 @@ def build_feed(
     factors: Factors | None = None,
 ) -> Feed:
     """The feed of one rank."""
-    recipe = Recipe(classes, job.data.size, job.data.crop, job.data.augment, job.seed)
+    recipe = Recipe(classes, job.task, job.data.size, job.data.crop, job.data.augment, job.seed)
     return Feed(index, recipe, job.batch, job.data.open_shards, job.schedule.epochs, start, rank, num_workers, factors)
 
 
@@ -182,28 +199,48 @@ def decode_chunk(feed: Feed, chunk: Chunk) -> Batch:
     images = np.empty((num_rows, *recipe.crop, 3), np.uint8)
     labels = np.empty((num_rows, *recipe.crop), recipe.classes.dtype)
     weights = np.ones(num_rows, np.float32)
-    failures = []
+    regions, failures = [], []
     for row, (position, sample) in enumerate(zip(chunk.positions, chunk.samples, strict=True)):
+        rng = seeded_rng(recipe.seed, chunk.epoch, int(position))
         try:
             if isinstance(sample, Failure):
                 raise InputError(sample.reason)
-            images[row], labels[row] = _to_row(sample, recipe, chunk.epoch, int(position))
+            images[row], labels[row], numbered = _to_row(sample, recipe, rng)
         except InputError as error:
             if not feed.index.source.is_skipping:
                 raise
             images[row], labels[row], weights[row] = 0, recipe.classes.ignore, 0
+            numbered = _no_regions(recipe)
             failures.append(Failure(sample.sample_id, str(error)))
-    return Batch(images, labels, weights, chunk.positions, tuple(failures))
+        regions.append(numbered)
+    is_semantic = recipe.task == "semantic"
+    return Batch(images, labels, weights, chunk.positions, () if is_semantic else tuple(regions), tuple(failures))
 
 
-def _to_row(sample: Sample, recipe: Recipe, epoch: int, position: int) -> tuple[Pixels, masks.IdMap]:
-    image, truth = open_pair(sample, recipe.classes)
-    labels = truth.labels
+def _to_row(sample: Sample, recipe: Recipe, rng: np.random.Generator) -> tuple[Pixels, masks.IdMap, Numbered]:
+    """One training crop: image, labels and, unless the task is semantic, regions."""
+    image, truth = open_pair(sample, recipe.classes, recipe.task)
+    ignore = recipe.classes.ignore
+    numbers: Sequence[masks.IdMap] = ()
+    if isinstance(truth, masks.LabelMap):
+        labels, class_ids = truth.labels, np.zeros(0, np.int64)
+    else:
+        layers = masks.to_layers(truth, recipe.classes)
+        labels, numbers, class_ids = layers.labels, list(layers.numbers), layers.class_ids
     with masks.naming(sample):
         if recipe.size is not None:
             image, labels = resize(image[:, :], labels, recipe.size)
-        rng = seeded_rng(recipe.seed, epoch, position)
-        return augment(image, labels, crop=recipe.crop, config=recipe.augment, ignore=recipe.classes.ignore, rng=rng)
+            numbers = [resize_labels(layer, recipe.size) for layer in numbers]
+        counted = labels if not numbers else np.where(labels == recipe.classes.nothing, ignore, labels)
+        view = choose_view(counted, crop=recipe.crop, config=recipe.augment, ignore=ignore, rng=rng)
+        pixels, labels = apply_view(view, image, labels, ignore=ignore)
+    shown = [view_labels(view, layer, fill=0) for layer in numbers]
+    return pixels, labels, Numbered(np.stack(shown), class_ids) if shown else _no_regions(recipe)
+
+
+@lru_cache(maxsize=2)
+def _no_regions(recipe: Recipe) -> Numbered:
+    return Numbered(np.zeros((1, *recipe.crop), np.uint8), np.zeros(0, np.int64))
 
 
 @lru_cache(maxsize=2)
@@ -223,12 +260,13 @@ class Pair:
 
     sample_id: str
     image: Pixels
-    truth: masks.LabelMap
+    truth: masks.View
 
 
 def iter_pairs(
     index: SampleIndex,
     classes: ClassMap,
+    task: Task = "semantic",
     *,
     rows: int,
     share: int = 0,
@@ -244,20 +282,20 @@ def iter_pairs(
 
     def load(start: int) -> list[Pair | Failure]:
         part = index.take(np.arange(start, min(start + rows, len(index))))
-        return [_to_pair(sample, classes, index.source) for sample in read_samples(part, with_images=with_images)]
+        return [_to_pair(sample, classes, task, index.source) for sample in read_samples(part, with_images=with_images)]
 
     return read_ahead(load, range(share * rows, len(index), num_shares * rows), threads)
 
 
-def _to_pair(sample: Sample | Failure, classes: ClassMap, source: AnySource) -> Pair | Failure:
+def _to_pair(sample: Sample | Failure, classes: ClassMap, task: Task, source: AnySource) -> Pair | Failure:
     """Decodes a sample, in grey where it has no image; a bad one raises InputError, or comes back as a Failure."""
     try:
         if isinstance(sample, Failure):
             raise InputError(sample.reason)
         if sample.image is not None:
-            return Pair(sample.sample_id, *decode_pair(sample, classes))
-        truth = masks.to_dense(sample, classes)
-        return Pair(sample.sample_id, np.full((*truth.labels.shape, 3), 127, np.uint8), truth)
+            return Pair(sample.sample_id, *decode_pair(sample, classes, task))
+        truth = masks.to_view(sample, classes, task)
+        return Pair(sample.sample_id, np.full((*masks.size_of(truth), 3), 127, np.uint8), truth)
     except InputError as error:
         if not source.is_skipping:
             raise
@@ -331,6 +369,7 @@ def _concatenated(parts: list[Batch]) -> Batch:
         np.concatenate([p.labels for p in parts]),
         np.concatenate([p.weights for p in parts]),
         np.concatenate([p.positions for p in parts]),
+        tuple(numbered for p in parts for numbered in p.regions),
         tuple(failure for p in parts for failure in p.failures),
     )
 
@@ -342,4 +381,5 @@ def _stand_in(recipe: Recipe) -> Batch:
         np.full((1, *recipe.crop), recipe.classes.ignore, recipe.classes.dtype),
         np.zeros(1, np.float32),
         np.full(1, -1, np.int64),
+        () if recipe.task == "semantic" else (_no_regions(recipe),),
     )

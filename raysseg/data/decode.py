@@ -13,7 +13,7 @@ from raysseg import masks
 from raysseg.data.files import IMAGE_FORMATS, read_head
 from raysseg.data.jpeg import Jpeg, open_jpeg
 from raysseg.masks import IMAGE_ERRORS, explain, naming
-from raysseg.schema import ClassMap, InputError, Sample
+from raysseg.schema import ClassMap, InputError, Sample, Task
 
 Pixels = npt.NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -81,26 +81,26 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def decode_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels, masks.LabelMap]:
-    """A sample's image, (H, W, 3), and its ground truth of the same size.
+def decode_pair(sample: Sample, classes: ClassMap, task: Task = "semantic") -> tuple[Pixels, masks.View]:
+    """A sample's image, (H, W, 3), and what its labels are to a task, of the same size.
 
     Raises:
         InputError: either is damaged, their sizes differ, or the mask holds unknown ids.
     """
-    image, truth = open_pair(sample, classes)
+    image, truth = open_pair(sample, classes, task)
     with naming(sample):
         return image[:, :], truth
 
 
-def open_pair(sample: Sample, classes: ClassMap) -> tuple[Pixels | Jpeg, masks.LabelMap]:
+def open_pair(sample: Sample, classes: ClassMap, task: Task = "semantic") -> tuple[Pixels | Jpeg, masks.View]:
     """As `decode_pair`, but the image may wait to be decoded by window."""
     with naming(sample):
         if sample.image is None:
             raise InputError("has no image")
         image = open_image(sample.image)
-    truth = masks.to_dense(sample, classes)
-    if image.shape[:2] != truth.labels.shape:
-        (height, width), (mask_height, mask_width) = image.shape[:2], truth.labels.shape
+    truth = masks.to_view(sample, classes, task)
+    (height, width), (mask_height, mask_width) = image.shape[:2], masks.size_of(truth)
+    if (height, width) != (mask_height, mask_width):
         mend = "resize the mask without interpolation, or pair the right files"
         if (height, width) == (mask_width, mask_height):
             mend = "the image carries an EXIF rotation that the mask does not follow: turn the mask, or strip the tag"

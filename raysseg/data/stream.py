@@ -6,6 +6,7 @@ The same tasks decode and augment them, or the worker's own threads do (`data.de
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
@@ -22,7 +23,7 @@ from ray.data import DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raysseg.config import Decode
-from raysseg.data.batches import Batch, Chunk, Feed, decode_ahead, decode_chunk, iter_parts, read_chunk
+from raysseg.data.batches import Batch, Chunk, Feed, Numbered, decode_ahead, decode_chunk, iter_parts, read_chunk
 from raysseg.data.index import Failure
 from raysseg.data.shards import SAMPLE_SCHEMA, to_sample, to_table
 from raysseg.schema import InputError, Sample
@@ -109,18 +110,37 @@ def _decode_blocks(feed_ref: list[ray.ObjectRef[Feed]], numbers: Block) -> Itera
                 "labels": batch.labels,
                 "weights": batch.weights,
                 "positions": batch.positions,
+                "regions": _pack(batch),
                 "notes": np.array(notes + [""] * (len(batch) - 1), dtype=object),
             }
     except InputError as error:
         note = np.array([_note(error=str(error))], dtype=object)
-        yield {"images": empty, "labels": empty, "weights": empty, "positions": empty, "notes": note}
+        regions = np.array([b""], dtype=object)
+        yield {
+            "images": empty,
+            "labels": empty,
+            "weights": empty,
+            "positions": empty,
+            "regions": regions,
+            "notes": note,
+        }
+
+
+def _pack(batch: Batch) -> npt.NDArray[np.object_]:
+    """A row's regions as bytes, since the number of their layers varies."""
+    packed = np.full(len(batch), b"", dtype=object)
+    packed[: len(batch.regions)] = [
+        pickle.dumps(tuple(numbered), pickle.HIGHEST_PROTOCOL) for numbered in batch.regions
+    ]
+    return packed
 
 
 def _to_batch(block: Block) -> Batch:
     failures: tuple[Failure, ...] = ()
     for note in map(_read_note, filter(None, block["notes"])):
         failures += tuple(Failure(*failure) for failure in note["failures"])
-    return Batch(block["images"], block["labels"], block["weights"], block["positions"], failures)
+    regions = tuple(Numbered(*pickle.loads(packed)) for packed in block["regions"] if packed)
+    return Batch(block["images"], block["labels"], block["weights"], block["positions"], regions, failures)
 
 
 def _read_block(feed_ref: list[ray.ObjectRef[Feed]], numbers: Block) -> pa.Table:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from raysseg.masks import IdMap, LabelMap
 from raysseg.schema import ClassMap
 
-Confusion = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int64]
 """(C, C + 1), rows truth, columns prediction; the last column is what was predicted as no class at all."""
 
 
-def count_confusion(prediction: IdMap, truth: IdMap, num_classes: int) -> Confusion:
+def count_confusion(prediction: IdMap, truth: IdMap, num_classes: int) -> Counts:
     """Counts pixels by (truth, prediction); pixels without a truth label are left out.
 
     Args:
@@ -32,7 +34,7 @@ def count_confusion(prediction: IdMap, truth: IdMap, num_classes: int) -> Confus
     return np.bincount(codes.ravel(), minlength=side * side).reshape(side, side)[:-1].astype(np.int64)
 
 
-def class_scores(confusion: Confusion) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def class_scores(confusion: Counts) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """IoU and Dice of each class, (C,) each; NaN where the truth lacks the class."""
     hits = np.diagonal(confusion).astype(np.float64)
     truth = confusion.sum(1)
@@ -43,46 +45,51 @@ def class_scores(confusion: Confusion) -> tuple[npt.NDArray[np.float64], npt.NDA
     return iou, dice
 
 
-def mean_iou(confusion: Confusion) -> float:
+def mean_iou(confusion: Counts) -> float:
     """Mean IoU over the classes that the truth holds; NaN where there is none."""
     iou, _ = class_scores(confusion)
     return _mean(iou)
 
 
-class SemanticMetric:
+class Confusion:
     """mIoU, mean Dice, pixel accuracy and frequency-weighted IoU (Long et al. 2015), pooled over a data set."""
 
     def __init__(self, classes: ClassMap) -> None:
         self._names = classes.names
-        self._confusion = np.zeros((len(classes), len(classes) + 1), np.int64)
+        self._shape = (len(classes), len(classes) + 1)
 
-    def update(self, prediction: LabelMap, truth: LabelMap) -> Confusion:
-        """Counts one sample; returns its own confusion matrix."""
-        counts = count_confusion(prediction.labels, truth.labels, len(self._names))
-        self._confusion += counts
-        return counts
+    def count(self, prediction: LabelMap, truth: LabelMap) -> bytes:
+        """The places and values of one sample's confusion matrix, where it is not 0: 8 bytes each."""
+        counts = count_confusion(prediction.labels, truth.labels, len(self._names)).ravel()
+        places = np.flatnonzero(counts)
+        return np.stack([places, counts[places]]).astype(np.uint32).tobytes()
 
-    def state(self) -> Confusion:
-        """The confusion matrix so far, (C, C + 1)."""
-        return self._confusion.copy()
+    def total(self, records: Sequence[bytes]) -> Counts:
+        """The confusion matrix of all samples, (C, C + 1)."""
+        total = np.zeros(self._shape[0] * self._shape[1], np.int64)
+        for record in records:
+            places, counts = np.frombuffer(record, np.uint32).reshape(2, -1)
+            total[places] += counts
+        return total.reshape(self._shape)
 
-    def merge(self, state: Confusion) -> None:
-        """Adds another worker's confusion matrix."""
-        self._confusion += state
+    def score(self, record: bytes) -> float:
+        """Its mIoU."""
+        return mean_iou(self.total([record]))
 
-    def absent(self) -> list[str]:
+    def absent(self, records: Sequence[bytes]) -> list[str]:
         """Classes without a pixel of truth; they are left out of the means."""
-        return [name for name, pixels in zip(self._names, self._confusion.sum(1), strict=True) if pixels == 0]
+        return [name for name, pixels in zip(self._names, self.total(records).sum(1), strict=True) if pixels == 0]
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, records: Sequence[bytes]) -> dict[str, float]:
         """All numbers by name; NaN for a class that the truth lacks."""
-        iou, dice = class_scores(self._confusion)
-        truth = self._confusion.sum(1)
+        confusion = self.total(records)
+        iou, dice = class_scores(confusion)
+        truth = confusion.sum(1)
         total = max(int(truth.sum()), 1)
         scores = {
             "miou": _mean(iou),
             "mean_dice": _mean(dice),
-            "pixel_accuracy": float(np.diagonal(self._confusion).sum() / total),
+            "pixel_accuracy": float(np.diagonal(confusion).sum() / total),
             "frequency_weighted_iou": float(np.nansum(truth / total * iou)),
         }
         per_class = [

@@ -5,41 +5,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
+from raysseg.catalogue import MODELS
 from raysseg.config import Loss, Model
-from raysseg.models.base import Outputs, SegModel, Targets
-from raysseg.schema import ClassMap
+from raysseg.models.base import Images, Outputs, Regions, SegModel, Targets
+from raysseg.schema import ClassMap, Task
 
-__all__ = ["FAMILIES", "Outputs", "SegModel", "Targets", "build_model", "load_model"]
+__all__ = ["Images", "Outputs", "Regions", "SegModel", "Targets", "build_model", "load_model"]
 
-FAMILIES = {"segformer": "raysseg.models.segformer"}
-"""A name's beginning -> the module of its family, with `build` and `load`; it is imported when it is used."""
+
+class Family(Protocol):
+    """A module of models; it is imported when it is used."""
+
+    @staticmethod
+    def build(
+        model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights: Sequence[float] | None
+    ) -> SegModel:
+        """A model for a class list, from scratch or from weights."""
+
+    @staticmethod
+    def load(name: str, folder: Path, classes: ClassMap, task: Task) -> SegModel:
+        """A model from the files that its `save` wrote."""
 
 
 def build_model(
-    model: Model, classes: ClassMap, loss: Loss | None = None, class_weights: Sequence[float] | None = None
+    model: Model,
+    classes: ClassMap,
+    task: Task = "semantic",
+    loss: Loss | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> SegModel:
     """A model for a class list, from scratch or from weights.
 
     Args:
         model: its name, and the weights to start from.
         classes: the head is made for these.
+        task: what it segments for.
         loss: the terms of its loss.
         class_weights: (C,) for the terms that take them.
 
     Raises:
         InputError: the weights can't be loaded or don't fit.
     """
-    built: SegModel = _family(model.name).build(model, classes, loss, class_weights)
-    return built
+    return _family(model.name).build(model, classes, task, loss or Loss(), class_weights)
 
 
-def load_model(name: str, folder: Path, classes: ClassMap) -> SegModel:
+def load_model(name: str, folder: Path, classes: ClassMap, task: Task) -> SegModel:
     """A model from the files that its `save` wrote."""
-    loaded: SegModel = _family(name).load(folder, classes)
-    return loaded
+    return _family(name).load(name, folder, classes, task)
 
 
-def _family(name: str) -> Any:
-    return import_module(FAMILIES[name.partition("-")[0]])
+def _family(name: str) -> Family:
+    return cast(Family, import_module(f"raysseg.models.{MODELS[name].family}"))

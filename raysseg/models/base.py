@@ -6,13 +6,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysseg.masks import IdMap, LabelMap
-from raysseg.schema import ClassMap
+from raysseg.config import Inference
+from raysseg.masks import IdMap, LabelMap, View
+from raysseg.schema import ClassMap, Task
+
+Images = Tensor | Sequence[Tensor]
+"""(B, 3, H, W) RGB of 0 to 255, uint8 or floating; or B of (3, H, W), where a model takes images of different sizes."""
+
+
+class Regions(NamedTuple):
+    """What one image's segments should come out as; crowds are not among them.
+
+    Attributes:
+        masks: (N, H, W) bool, none of them empty.
+        class_ids: (N,) int64 class indices.
+    """
+
+    masks: Tensor
+    class_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -20,12 +37,17 @@ class Targets:
     """What a training batch should come out as.
 
     Attributes:
-        labels: (B, H, W) int64 class indices, or the class list's `ignore`.
+        labels: (B, H, W) int64 class indices; the class list's `ignore` where nothing counts (not labelled, padding,
+            crowds), its `nothing` where there is known to be no class.
         weights: (B,) float32; 0 for rows that don't count.
+        seeds: (B,) int64, the randomness of each row: follows from its place in the run, not from the micro-batch.
+        regions: B, one an image; None where the task is semantic.
     """
 
     labels: Tensor
     weights: Tensor
+    seeds: Tensor
+    regions: tuple[Regions, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,26 +55,28 @@ class Outputs:
     """What a forward pass gives.
 
     Attributes:
-        logits: (B, C, h, w), at the model's own resolution.
+        values: the model's raw predictions by name; a dense model's are `logits`, (B, C, h, w), at its own resolution.
         losses: the terms, weighted and divided by their normalisers; they add up to the loss. Empty without targets.
     """
 
-    logits: Tensor
+    values: dict[str, Tensor]
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SegModel(nn.Module, ABC):
-    """A model that trains on batches and decodes to masks.
-
-    Images go in as they are, (B, 3, H, W) RGB of 0 to 255, uint8 or floating; normalising belongs to the model.
-    """
+    """A model that trains on batches and decodes to masks; normalising images belongs to it."""
 
     head_prefixes: tuple[str, ...] = ()
     """Names of parameters that are new to a data set, by their beginning."""
+    backbone_prefixes: tuple[str, ...] = ()
+    """Names of parameters that were trained on images alone, by their beginning; `optimizer.backbone_lr_factor`."""
+    takes_any_sizes = False
+    """Whether images of different sizes go through together."""
 
-    def __init__(self, classes: ClassMap, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, classes: ClassMap, task: Task, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.classes = classes
+        self.task = task
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -68,19 +92,23 @@ class SegModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, images: Tensor, targets: Targets | None = None, normalisers: dict[str, Tensor] | None = None
+        self, images: Images, targets: Targets | None = None, normalisers: dict[str, Tensor] | None = None
     ) -> Outputs:
         """The only way in, so that DDP's hooks work.
 
         Args:
-            images: (B, 3, H, W).
+            images: see Images.
             targets: for the losses.
             normalisers: of the whole global batch; of these targets if left out.
         """
 
     @abstractmethod
-    def decode(self, outputs: Outputs, sizes: Sequence[tuple[int, int]]) -> list[LabelMap]:
-        """Masks of each image, at its (height, width)."""
+    def decode(self, outputs: Outputs, sizes: Sequence[tuple[int, int]], inference: Inference) -> list[View]:
+        """What each image shows, at its (height, width): label maps, mask sets or segment maps, as the task says."""
+
+    def class_scores(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
+        """Probabilities of the classes, (B, C, height, width), which add up over views of an image; semantic only."""
+        raise NotImplementedError(f"{type(self).__name__} has no scores by class and pixel")
 
     @abstractmethod
     def save(self, folder: Path, size: tuple[int, int] | None) -> None:
@@ -92,9 +120,9 @@ class SegModel(nn.Module, ABC):
         """
 
 
-def to_label_map(logits: Tensor, size: tuple[int, int], classes: ClassMap) -> LabelMap:
-    """One image's logits, (C, h, w), scaled to a size (bilinear) and decided."""
-    scaled = nn.functional.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)
+def to_label_map(scores: Tensor, size: tuple[int, int], classes: ClassMap) -> LabelMap:
+    """One image's logits or probabilities, (C, h, w), scaled to a size (bilinear) and decided."""
+    scaled = nn.functional.interpolate(scores[None].float(), size=size, mode="bilinear", align_corners=False)
     indices = scaled.argmax(1)[0].to(torch.uint8 if classes.dtype is np.uint8 else torch.int32)
     labels: IdMap = indices.cpu().numpy().astype(classes.dtype, copy=False)
     return LabelMap(labels, classes.ignore)

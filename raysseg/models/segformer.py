@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.models.segformer.configuration_segformer import SegformerConfig
 from transformers.models.segformer.modeling_segformer import SegformerForSemanticSegmentation
 from transformers.utils.logging import disable_progress_bar
 
 from raysseg import storage
-from raysseg.config import Loss, Model
-from raysseg.losses import LOSSES, Settings, count_normalisers
-from raysseg.masks import LabelMap
-from raysseg.models.base import Outputs, SegModel, Targets, to_label_map
-from raysseg.schema import ClassMap, InputError
+from raysseg.config import Inference, Loss, Model
+from raysseg.masks import View
+from raysseg.models.base import Images, Outputs, SegModel, Targets, to_label_map
+from raysseg.models.dense import DenseLoss
+from raysseg.schema import ClassMap, InputError, Task
 
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # of loading and saving: a small model takes no time
@@ -46,44 +45,34 @@ class SegFormer(SegModel):
         self,
         net: SegformerForSemanticSegmentation,
         classes: ClassMap,
-        loss: Loss | None = None,
+        loss: Loss,
         class_weights: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(classes, MEAN, STD)
+        super().__init__(classes, "semantic", MEAN, STD)
         self.net = net
-        self.loss = loss or Loss()
-        self.class_weights: Tensor | None
-        weights = torch.tensor(class_weights, dtype=torch.float32) if class_weights is not None else None
-        self.register_buffer("class_weights", weights, persistent=False)
-
-    @property
-    def _settings(self) -> Settings:
-        return Settings(self.classes.ignore, self.class_weights, self.loss.focal_gamma)
+        self.criterion = DenseLoss(classes, loss, class_weights)
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """Class-weighted labelled pixels, and images."""
-        return count_normalisers(targets.labels, targets.weights, self._settings)
+        return self.criterion.normalisers(targets)
 
     def forward(
-        self, images: Tensor, targets: Targets | None = None, normalisers: dict[str, Tensor] | None = None
+        self, images: Images, targets: Targets | None = None, normalisers: dict[str, Tensor] | None = None
     ) -> Outputs:
         """See SegModel; logits are a quarter of the image's size."""
+        assert isinstance(images, Tensor)
         logits = self.net(pixel_values=self.normalise(images)).logits
-        if targets is None:
-            return Outputs(logits)
-        normalisers = normalisers or self.normalisers(targets)
-        size = targets.labels.shape[-2:]
-        scaled = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        losses = {}
-        for name, weight in self.loss.terms.items():
-            term, normaliser = LOSSES[name]
-            divisor = normalisers[normaliser].clamp(min=1e-12)
-            losses[name] = weight * term(scaled, targets.labels, targets.weights, self._settings) / divisor
-        return Outputs(logits, losses)
+        return Outputs({"logits": logits}, self.criterion(logits, targets, normalisers) if targets is not None else {})
 
-    def decode(self, outputs: Outputs, sizes: Sequence[tuple[int, int]]) -> list[LabelMap]:
+    def decode(self, outputs: Outputs, sizes: Sequence[tuple[int, int]], inference: Inference) -> list[View]:
         """One label map an image, at its (height, width)."""
-        return [to_label_map(logits, size, self.classes) for logits, size in zip(outputs.logits, sizes, strict=True)]
+        pairs = zip(outputs.values["logits"], sizes, strict=True)
+        return [to_label_map(logits, size, self.classes) for logits, size in pairs]
+
+    def class_scores(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
+        """Softmax over the logits at this size."""
+        logits = outputs.values["logits"].float()
+        return nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(1)
 
     def save(self, folder: Path, size: tuple[int, int] | None) -> None:
         """Writes transformers' files; `from_pretrained(folder)` reads them."""
@@ -103,9 +92,7 @@ class SegFormer(SegModel):
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2))
 
 
-def build(
-    model: Model, classes: ClassMap, loss: Loss | None = None, class_weights: Sequence[float] | None = None
-) -> SegFormer:
+def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights: Sequence[float] | None) -> SegFormer:
     """A SegFormer for a class list, from scratch or from weights whose head is rebuilt.
 
     Raises:
@@ -140,9 +127,9 @@ def build(
     return SegFormer(net, classes, loss, class_weights)
 
 
-def load(folder: Path, classes: ClassMap) -> SegFormer:
+def load(name: str, folder: Path, classes: ClassMap, task: Task) -> SegFormer:
     """The model of a bundle."""
-    return SegFormer(SegformerForSemanticSegmentation.from_pretrained(folder), classes)
+    return SegFormer(SegformerForSemanticSegmentation.from_pretrained(folder), classes, Loss())
 
 
 def _with_labels(config: SegformerConfig, classes: ClassMap) -> SegformerConfig:

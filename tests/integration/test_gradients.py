@@ -59,7 +59,9 @@ def make_samples() -> tuple[np.ndarray, np.ndarray]:
 def make_model() -> nn.Module:
     """In float64, BatchNorm frozen, dropout and drop path 0: what exactness is promised for."""
     torch.manual_seed(0)
-    model = build_model(config.Model(name="segformer-tiny", weights=None), CLASSES, make_job(1).loss, WEIGHTS).double()
+    model = build_model(
+        config.Model(name="segformer-tiny", weights=None), CLASSES, loss=make_job(1).loss, class_weights=WEIGHTS
+    ).double()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -103,7 +105,9 @@ def naive_gradients() -> dict[str, torch.Tensor]:
     for start in range(0, NUM_IMAGES, 2):
         pixels = torch.from_numpy(images[start : start + 2]).permute(0, 3, 1, 2)
         targets = torch.from_numpy(labels[start : start + 2]).long()
-        logits = nn.functional.interpolate(model(pixels).logits, size=(32, 32), mode="bilinear", align_corners=False)
+        logits = nn.functional.interpolate(
+            model(pixels).values["logits"], size=(32, 32), mode="bilinear", align_corners=False
+        )
         pixels_weight = losses.count_normalisers(targets, torch.ones(2), settings)["pixels"]
         (losses.cross_entropy(logits, targets, torch.ones(2), settings) / pixels_weight / 4).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -158,7 +162,7 @@ def naive_reference() -> dict[str, torch.Tensor]:
     freeze_batch_norm(model)
     settings = losses.Settings(255, torch.tensor(WEIGHTS, dtype=torch.float64))
     targets = torch.from_numpy(labels).long()
-    logits = model(torch.from_numpy(images).permute(0, 3, 1, 2)).logits
+    logits = model(torch.from_numpy(images).permute(0, 3, 1, 2)).values["logits"]
     scaled = nn.functional.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False)
     divisor = losses.count_normalisers(targets, torch.ones(NUM_IMAGES), settings)["pixels"]
     (losses.cross_entropy(scaled, targets, torch.ones(NUM_IMAGES), settings) / divisor).backward()

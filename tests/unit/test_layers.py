@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "raysseg"
 FLOORS = [  # ground first; a module imports from the floors below its own, or from its own package
     {"schema"},
-    {"storage", "rle"},
+    {"storage", "rle", "catalogue"},
     {"config"},
     {"masks", "losses", "ledger"},
     {"data", "models", "metrics"},

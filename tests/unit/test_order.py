@@ -282,7 +282,7 @@ def source(folder: str, **more: str) -> MasksSource:
 
 
 COLOURLESS = Augment(brightness=0, contrast=0, saturation=0, hue=0, rotation=10)
-RECIPE = Recipe(read_class_map(["a", "b"]), None, (8, 10), COLOURLESS, seed=3)
+RECIPE = Recipe(read_class_map(["a", "b"]), "semantic", None, (8, 10), COLOURLESS, seed=3)
 EPOCHS = 3
 BEGIN = Ledger()
 
@@ -505,7 +505,7 @@ def test_feed_of_a_job(folder: str) -> None:
     )
     assert job.kind == "train"
     feed = batches.build_feed(job, read_index(source(folder)), RECIPE.classes, Ledger(1, 4), rank=1, num_workers=2)
-    assert feed.recipe == Recipe(RECIPE.classes, (50, 60), (32, 40), Augment(), 9)
+    assert feed.recipe == Recipe(RECIPE.classes, "semantic", (50, 60), (32, 40), Augment(), 9)
     assert (feed.open_groups, feed.epochs, feed.start, feed.rank, feed.num_workers) == (3, 4, Ledger(1, 4), 1, 2)
     assert feed.num_chunks == 3 * feed.chunks_per_epoch
 

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from raysseg import report
+from raysseg.masks import LabelMap
 from raysseg.report import Example, ReportPage, SplitCounts
 from raysseg.schema import ClassMap
 
@@ -82,7 +83,8 @@ def draw_example(name: str, classes: ClassMap, size: tuple[int, int] = (120, 160
     prediction[prediction == classes.ignore] = 0
     image = np.stack([rows % 256, columns % 256, (rows + columns) % 256], axis=2)
     image = image + np.random.default_rng(1).integers(0, noise, (height, width, 3))
-    return Example(name, image.clip(0, 255).astype(np.uint8), truth, prediction, 0.4321)
+    views = LabelMap(truth, classes.ignore), LabelMap(prediction, classes.ignore)
+    return Example(name, image.clip(0, 255).astype(np.uint8), *views, 0.4321)
 
 
 def draw_history(classes: ClassMap, epochs: int) -> list[dict[str, float]]:
@@ -297,7 +299,8 @@ def test_legend_holds_the_iou_in_the_image() -> None:
     assert ious[0] == ious[1] == 0.5
     assert math.isnan(ious[2])
     view = report.view_example(
-        Example("x", np.zeros((1, 4, 3), np.uint8), truth, prediction, math.nan), draw_classes(3)
+        Example("x", np.zeros((1, 4, 3), np.uint8), LabelMap(truth, 255), LabelMap(prediction, 255), math.nan),
+        draw_classes(3),
     )
     assert view.wrong == pytest.approx(1 / 3)
 

@@ -1,0 +1,56 @@
+"""What a job can name: the models with their authors' settings, and the metrics. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raysseg.schema import Task
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model.
+
+    Attributes:
+        family: the module in raysseg.models.
+        tasks: what it can be trained for.
+        source: whose settings the defaults are.
+        defaults: keys of a train job, by section.
+        from_scratch: keys that differ where there are no weights.
+        has_own_loss: whether it brings its loss along; then `loss:` takes `class_weights` alone, if anything.
+        takes_class_weights: whether its loss has a place for them.
+    """
+
+    family: str
+    tasks: tuple[Task, ...]
+    source: str
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    from_scratch: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    has_own_loss: bool = False
+    takes_class_weights: bool = True
+
+
+_SEGFORMER = Entry(
+    family="segformer",
+    tasks=("semantic",),
+    source="Xie et al. 2021, section 4.1; ten times the rate from scratch",
+    defaults={"optimizer": {"lr": 6e-5, "head_lr_factor": 10.0}},
+    from_scratch={"optimizer": {"lr": 6e-4, "head_lr_factor": 1.0}},
+)
+
+MODELS: dict[str, Entry] = {
+    **{f"segformer-{size}": _SEGFORMER for size in ("tiny", "b0", "b1", "b2", "b3", "b4", "b5")},
+}
+"""Every model that a job can name; `tiny` ones are for tests."""
+
+METRICS: dict[Task, tuple[str, ...]] = {
+    "semantic": ("boundary_iou", "surface"),
+    "instance": ("boundary_ap",),
+    "panoptic": ("boundary_pq",),
+}
+"""What can be measured beside a task's own metrics."""
+
+HEADLINES: dict[Task, str] = {"semantic": "miou", "instance": "mask_ap", "panoptic": "pq"}
+"""The number that stands for all of a task's."""
