@@ -336,4 +336,6 @@ def test_bad_truth_is_named(small: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_mistake_in_the_job_is_told_before_anything_runs(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(evaluated(small, capsys, "bach.per_worker=1"), "bach: there is no such key", "did you mean `batch`?")
     refused(evaluated(small, capsys, kind="shard", output={"uri": "/x"}), "job.yaml")
-    refused(evaluated(small, capsys, metrics=["boundary_ap"]), "metrics: boundary_ap is none of", "boundary_iou, surface")
+    refused(
+        evaluated(small, capsys, metrics=["boundary_ap"]), "metrics: boundary_ap is none of", "boundary_iou, surface"
+    )
