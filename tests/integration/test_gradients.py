@@ -18,6 +18,7 @@ from raysseg.data.batches import Batch
 from raysseg.ledger import deal
 from raysseg.loop import build_state, fit, wrap
 from raysseg.models import build_model
+from raysseg.models.dense import DenseLoss
 from raysseg.schema import ClassMap
 
 CLASSES = ClassMap((0, 1, 2), ("a", "b", "c"), ((0, 0, 0), (9, 9, 9), (99, 99, 99)), (False,) * 3)
@@ -211,7 +212,7 @@ def test_training_is_the_loop_that_one_writes_by_hand() -> None:
     rows = np.ones(NUM_IMAGES, np.float32), np.arange(NUM_IMAGES)
     batches = [Batch(np.roll(images, i, axis=1), np.roll(labels, i, axis=1), *rows) for i in range(STEPS)]
     model = make_model()
-    model.loss, model.class_weights = job.loss, None
+    model.criterion = DenseLoss(CLASSES, job.loss)
     state = build_state(model, job.optimizer, torch.float64)
     feed = iter([[batch] for batch in batches])
     list(fit(model, state, feed, num_samples=STEPS * NUM_IMAGES, order_hash="", job=job, dtype=torch.float64))
