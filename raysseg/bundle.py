@@ -94,10 +94,10 @@ def load(bundle: Bundle) -> SegModel:
     return load_model(bundle.model, storage.fetch_folder(bundle.uri, MANIFEST), bundle.classes, bundle.task).eval()
 
 
-def copy(uri: str, to_uri: str) -> None:
-    """Publishes a bundle once more elsewhere, file by file and the manifest last."""
+def copy(uri: str, to_uri: str, metrics: dict[str, float]) -> None:
+    """Publishes a bundle once more elsewhere, file by file and the manifest last, with what is now known of it."""
     manifest = {key: value for key, value in storage.read_manifest(uri, MANIFEST).items() if key != "files"}
-    storage.publish_folder(storage.fetch_folder(uri, MANIFEST), to_uri, MANIFEST, manifest)
+    storage.publish_folder(storage.fetch_folder(uri, MANIFEST), to_uri, MANIFEST, manifest | {"metrics": metrics})
 
 
 def installed_versions() -> dict[str, str]:

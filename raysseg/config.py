@@ -380,6 +380,18 @@ class Checkpoint(Section):
     mode: Literal["max", "min"] = "max"
 
 
+class Validation(Section):
+    """Where an epoch's bundle is scored while training goes on, or waits."""
+
+    where: Literal["auto", "inline", "beside"] = "auto"
+    """inline: by the workers, which stop training for it. beside: by a task of its own, on resources of its own. auto:
+    beside, where the cluster has room for that task, else inline."""
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """Of the task beside."""
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    """Default: as a worker's."""
+
+
 class Inference(Section):
     """How a model's outputs become masks."""
 
@@ -438,6 +450,7 @@ class TrainJob(BaseJob):
     metrics: tuple[MetricName, ...] = ()
     """Beside the task's own, what takes longer: boundary_iou and surface (semantic), boundary_ap (instance),
     boundary_pq (panoptic)."""
+    validation: Validation = Validation()
     inference: Inference = Inference()
     """In validation; the bundle takes it along."""
     precision: Precision = "auto"
@@ -483,6 +496,9 @@ class TrainJob(BaseJob):
                 context = {"key": f"loss.{surplus[0]}", "name": self.model.name, "allowed": allowed}
                 raise PydanticCustomError("loss", message, context)
         _check_metrics(self.task, self.metrics)
+        if self.validation.where == "beside" and self.scaling.in_process:
+            message = "there are no tasks with `scaling.workers: 0`; set inline or auto"
+            raise PydanticCustomError("beside", message, {"key": "validation.where"})
         for split in ("train", "val"):
             source = getattr(self.data, split)
             if isinstance(source, MasksSource) and (source.images is None or source.masks is None):

@@ -125,22 +125,9 @@ def measure(job: EvaluateJob, classes: ClassMap) -> Evaluation:
 
     Batches are fixed by the index, and counts are whole numbers: they are the same for any number of workers.
     """
-    shared = _Shared(job, classes, *_matched(job), num_shares=num_shares(job.scaling))
-    metrics = Metrics(job.task, classes, job.metrics)
-    failures = list(shared.truth.failures)
-    started, reported = None, time.monotonic()
-    for part in spread(_score_share, shared, range(shared.num_shares), job.scaling):
-        started = started or time.monotonic()
-        metrics.merge(part.state)
-        failures += part.failures
-        if time.monotonic() - reported > 5:
-            reported = time.monotonic()
-            logger.info("evaluate: %d of %d samples", len(metrics), len(shared.truth))
-    elapsed = time.monotonic() - (started or 0.0)
+    shared = _share(job, classes)
+    metrics, failures, images_per_s = _score(shared)
     scores = metrics.scores()
-    if not scores:
-        reasons = "; ".join(failure.reason for failure in failures[:3])
-        raise InputError(f"evaluate: none of the {len(shared.truth)} samples could be used: {reasons}")
     picks = _pick(scores)
     examples = list(spread(_draw_examples, shared, [list(chain(*picks.values()))], job.scaling))
     by_id = {example.sample_id: replace(example, score=scores[example.sample_id]) for example in examples}
@@ -152,8 +139,38 @@ def measure(job: EvaluateJob, classes: ClassMap) -> Evaluation:
         scores=scores,
         examples={kind: [by_id[i] for i in ids] for kind, ids in picks.items()},
         failures=failures,
-        images_per_s=len(scores) / max(elapsed, 1e-9),
+        images_per_s=images_per_s,
     )
+
+
+def score(job: EvaluateJob, classes: ClassMap) -> dict[str, float]:
+    """The numbers of an evaluate job alone."""
+    metrics, _, _ = _score(_share(job, classes))
+    return metrics.compute()
+
+
+def _share(job: EvaluateJob, classes: ClassMap) -> _Shared:
+    return _Shared(job, classes, *_matched(job), num_shares=num_shares(job.scaling))
+
+
+def _score(shared: _Shared) -> tuple[Metrics, list[Failure], float]:
+    """Counts all samples, over the cluster; and how many came a second."""
+    job = shared.job
+    metrics = Metrics(job.task, shared.classes, job.metrics)
+    failures = list(shared.truth.failures)
+    started, reported = None, time.monotonic()
+    for part in spread(_score_share, shared, range(shared.num_shares), job.scaling):
+        started = started or time.monotonic()
+        metrics.merge(part.state)
+        failures += part.failures
+        if time.monotonic() - reported > 5:
+            reported = time.monotonic()
+            logger.info("evaluate: %d of %d samples", len(metrics), len(shared.truth))
+    elapsed = time.monotonic() - (started or 0.0)
+    if not len(metrics):
+        reasons = "; ".join(failure.reason for failure in failures[:3])
+        raise InputError(f"evaluate: none of the {len(shared.truth)} samples could be used: {reasons}")
+    return metrics, failures, len(metrics) / max(elapsed, 1e-9)
 
 
 def describe_failures(failures: Sequence[Failure]) -> list[str]:

@@ -50,7 +50,8 @@ class EpochResult:
         epoch: from 0.
         step: steps done so far in the run.
         metrics: `train/loss` (mean over the epoch's steps, over all ranks), `train/<term>`, `train/lr`,
-            `train/images_per_s`, `train/wait_share` (of the time, waiting for data; the slowest rank's).
+            `train/images_per_s`, `train/wait_share` (of the time, waiting for data; the slowest rank's),
+            `train/stall_s` (seconds that training stood still after the epoch before, to validate and to save).
         failures: samples that this rank skipped in this epoch.
     """
 
@@ -229,6 +230,7 @@ def fit(
     """
     steps_per_epoch = num_steps(num_samples, job.batch.global_size)
     total = steps_per_epoch * job.schedule.epochs
+    stall_s = 0.0
     while state.ledger.epoch < job.schedule.epochs:
         epoch = state.ledger.epoch
         tally = _Tally(next(state.model.parameters()).device)
@@ -246,8 +248,11 @@ def fit(
             state.ledger = Ledger(epoch, start, order_hash).after(stop, num_samples)
             tally.add(losses, micro_batches, stop - start, wait_s)
             yield Step(epoch, state.step, sum(losses.values(), torch.zeros(())), lr, wait_s)
-        yield EpochResult(epoch, state.step, tally.summarise() | {"train/lr": lr}, tuple(tally.failures))
+        metrics = tally.summarise() | {"train/lr": lr, "train/stall_s": stall_s}
+        ended = time.perf_counter()
+        yield EpochResult(epoch, state.step, metrics, tuple(tally.failures))
         yield CheckpointDue(state.ledger, state.step)
+        stall_s = time.perf_counter() - ended
 
 
 def _optimise(

@@ -140,6 +140,13 @@ def count_pixels(labels: npt.NDArray[np.integer], num_classes: int) -> ClassPixe
     return ClassPixels(pixels, is_present * pixels.sum(), is_present.astype(np.int64), int(counts[-1]), 1)
 
 
+def count_regions(class_ids: npt.NDArray[np.integer], num_classes: int) -> ClassPixels:
+    """One image's regions by class, (N,), in the place of pixels: for models that learn from regions."""
+    regions = np.bincount(class_ids, minlength=num_classes)
+    is_present = regions > 0
+    return ClassPixels(regions, is_present * regions.sum(), is_present.astype(np.int64), 0, 1)
+
+
 def balance(scheme: ClassWeightScheme, counts: ClassPixels, beta: float) -> npt.NDArray[np.float64]:
     """Class weights from the training masks, (C,), with mean 1 over the classes that occur; the others get 0.
 

@@ -9,36 +9,39 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from raysseg import bundle as bundles
-from raysseg import report, storage
+from raysseg import report, standing, storage
 from raysseg.config import EvaluateJob, Scaling, TrainJob
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.batches import iter_chunks, iter_pairs
-from raysseg.data.index import Failure, SampleIndex
+from raysseg.data.index import Failure, SampleIndex, update_failures
 from raysseg.data.sampling import Factors, Presence, num_positions, repeat_factors
-from raysseg.evaluate import Evaluation, describe_failures, measure
-from raysseg.losses import ClassPixels, balance, count_pixels
-from raysseg.masks import BINARY_MEND, to_dense
+from raysseg.evaluate import Evaluation, describe_failures, measure, score
+from raysseg.losses import ClassPixels, balance, count_pixels, count_regions
+from raysseg.masks import BINARY_MEND, MaskSet, SegmentMap, to_dense, to_view
 from raysseg.metrics import Metrics
 from raysseg.runtime import as_input_error, connect, gpus_per_worker, log_to_stderr, num_shares, spread
 from raysseg.schema import ClassMap, InputError, Task
 from raysseg.worker import Plan, Saved, train_epochs
+
+if TYPE_CHECKING:
+    import ray.train
 
 logger = logging.getLogger(__name__)
 
 _LOOK = 8  # samples of each split that are decoded before anything is started
 _COUNT = 2000  # masks of a split that are counted in this process, and at most unless balancing needs all
 _EVALUATE = 100  # validation samples that are not worth starting workers for once more
-_MOVABLE = ("scaling", "s3", "checkpoint", "compile", "channels_last")  # may change when a run goes on
+_MOVABLE = ("scaling", "s3", "checkpoint", "validation", "compile", "channels_last")  # may change when a run goes on
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def train(job: TrainJob) -> TrainResult:
         split: {"samples": len(index), "hash": index.fingerprint, "pixels": counts[split].pixels.tolist()}
         for split, index in splits.items()
     }
-    weights = _class_weights(job, counts["train"], classes)
+    weights = _class_weights(job, splits["train"], counts["train"], classes)
     factors = _repeat_factors(job, splits["train"], counted["train"][1])
     plan = Plan(job, classes, splits["train"], splits["val"], weights, fingerprint, factors)
     if _unfinished(job):
@@ -110,7 +113,13 @@ def _count(job: TrainJob, split: str, index: SampleIndex, classes: ClassMap) -> 
     for rows, pixels, is_present in parts:
         total += pixels
         presence[rows] = is_present
-    if len(classes) == 2 and total.pixels[1] == 0 and total.ignored and classes.ignore_index == 255:
+    if (
+        job.task == "semantic"
+        and len(classes) == 2
+        and total.pixels[1] == 0
+        and total.ignored
+        and classes.ignore_index == 255
+    ):
         raise InputError(
             f"data.{split}: no mask holds the class {classes.names[1]!r} (id {classes.ids[1]}), but {total.ignored} "
             f"pixels are 255, which is the ignore_index: the whole foreground would be ignored. {BINARY_MEND}"
@@ -163,11 +172,14 @@ def _repeat_factors(job: TrainJob, index: SampleIndex, presence: Presence) -> Fa
     return factors
 
 
-def _class_weights(job: TrainJob, counts: ClassPixels, classes: ClassMap) -> tuple[float, ...] | None:
+def _class_weights(
+    job: TrainJob, index: SampleIndex, pixels: ClassPixels, classes: ClassMap
+) -> tuple[float, ...] | None:
     given = job.loss.class_weights
     if given is None:
         return None
     if isinstance(given, str):
+        counts = pixels if job.task == "semantic" else _count_regions(job, index, classes)
         weights = tuple(balance(given, counts, job.loss.effective_beta).tolist())
     elif len(given) != len(classes):
         raise InputError(
@@ -179,6 +191,27 @@ def _class_weights(job: TrainJob, counts: ClassPixels, classes: ClassMap) -> tup
     shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(classes.names, weights, strict=True))
     logger.info("class weights: %s", shown)
     return weights
+
+
+def _count_regions(job: TrainJob, index: SampleIndex, classes: ClassMap) -> ClassPixels:
+    """Instances, or segments, by class."""
+    pieces = np.array_split(np.arange(len(index)), max(1, len(index) // 256))
+    scaling = job.scaling if len(index) > _COUNT else Scaling(workers=0)
+    parts = spread(_count_regions_of_rows, (index, classes, job.task), pieces, scaling)
+    return sum(parts, ClassPixels.none(len(classes)))
+
+
+def _count_regions_of_rows(
+    shared: tuple[SampleIndex, ClassMap, Task], rows: npt.NDArray[np.int64]
+) -> Iterator[ClassPixels]:
+    index, classes, task = shared
+    for sample in read_samples(index.take(rows), with_images=False):
+        try:
+            view = to_view(sample, classes, task) if not isinstance(sample, Failure) else None
+        except InputError:
+            continue  # told, or skipped, where all is counted
+        if isinstance(view, MaskSet | SegmentMap):
+            yield count_regions(view.class_ids[~view.is_crowd], len(classes))
 
 
 def _open_run(job: TrainJob) -> None:
@@ -237,10 +270,12 @@ def _train_on_ray(plan: Plan) -> None:
     scaling = plan.job.scaling
     gpus = gpus_per_worker(scaling)
     _check_room(scaling)
+    beside = _resources_beside(plan.job)
+    plan_ref = ray.put(replace(plan, validates_beside=beside is not None))
     filesystem, path = storage.filesystem(storage.join(plan.job.run_uri, "ray"))
     trainer = ray.train.torch.TorchTrainer(
         _run_rank,
-        train_loop_config={"plan": ray.put(plan)},
+        train_loop_config={"plan": plan_ref},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers,
             use_gpu=gpus > 0,
@@ -253,6 +288,7 @@ def _train_on_ray(plan: Plan) -> None:
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # its files hold the rest
         ),
+        validation_config=_validation_config(plan_ref, beside) if beside is not None else None,
     )
     try:
         trainer.fit()
@@ -295,14 +331,14 @@ def _run_rank(settings: dict[str, Any]) -> None:
     decode = plan.job.data.decode
     open_stream = partial(stream.iter_chunks, report=statistics.append, decode=decode, threads=threads)
     for saved in train_epochs(plan, open_stream, ray.train.torch.get_device()):
-        _report_to_ray(saved)
+        _report_to_ray(saved, plan)
     if rank == 0:
         text = "\n".join(statistics)
         logger.info("Ray Data delivered the training bytes of worker 0:\n%s", text)
         storage.write_text(storage.join(plan.job.run_uri, "data.log"), text)
 
 
-def _report_to_ray(saved: Saved) -> None:
+def _report_to_ray(saved: Saved, plan: Plan) -> None:
     """Tells Ray Train of an epoch; its checkpoint is a pointer to ours, so that nothing is copied."""
     import ray.train
 
@@ -310,8 +346,80 @@ def _report_to_ray(saved: Saved) -> None:
         ray.train.report(saved.row)
         return
     with tempfile.TemporaryDirectory(prefix="raysseg-") as folder:
-        (Path(folder) / "pointer.json").write_text(json.dumps({"uri": saved.checkpoint_uri}))
-        ray.train.report(saved.row, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        (Path(folder) / "pointer.json").write_text(json.dumps({"uri": saved.checkpoint_uri, "step": saved.step}))
+        pointer = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(saved.row, checkpoint=pointer, validation=plan.validates_beside)
+
+
+# --- validation beside training -----------------------------------------------------------------------------------
+
+
+def _resources_beside(job: TrainJob) -> dict[str, float] | None:
+    """What a validation task holds beside the workers; None where they validate themselves."""
+    import ray
+
+    gpus = gpus_per_worker(job.scaling)
+    wanted = {
+        "num_cpus": job.validation.cpus,
+        "num_gpus": gpus if job.validation.gpus is None else job.validation.gpus,
+    }
+    if job.validation.where == "inline":
+        return None
+    there, workers = ray.cluster_resources(), num_shares(job.scaling)
+    has_cpus = there.get("CPU", 0.0) - workers * job.scaling.cpus_per_worker - 1 >= wanted["num_cpus"]
+    has_gpus = there.get("GPU", 0.0) - workers * gpus >= wanted["num_gpus"]
+    if has_cpus and has_gpus:
+        logger.info("validation runs beside training, as a task of %g CPUs and %g GPUs", *wanted.values())
+        return wanted
+    if job.validation.where == "beside":
+        raise InputError(
+            f"validation: a task of {wanted['num_cpus']:g} CPUs and {wanted['num_gpus']:g} GPUs has no room beside "
+            f"{workers} workers and one data task in the cluster's {there.get('CPU', 0):g} CPUs and "
+            f"{there.get('GPU', 0):g} GPUs; lower validation.cpus or scaling.workers, or set validation.where=inline"
+        )
+    return None
+
+
+def _validation_config(plan_ref: ray.ObjectRef[Plan], resources: dict[str, float]) -> ray.train.ValidationConfig:
+    import ray.train
+
+    settings = ray.train.ValidationTaskConfig(fn_kwargs={"plan": [plan_ref]})
+    return ray.train.ValidationConfig(_validate_beside, settings, ray_remote_kwargs=resources)
+
+
+def _validate_beside(checkpoint: ray.train.Checkpoint, plan: list[ray.ObjectRef[Plan]]) -> dict[str, float]:
+    """Scores an epoch's bundle, in a task that Ray Train starts; the run finds the numbers on storage."""
+    import ray
+
+    log_to_stderr()
+    known: Plan = ray.get(plan[0])
+    with checkpoint.as_directory() as folder:
+        step = int(json.loads((Path(folder) / "pointer.json").read_text())["step"])
+    return _validate_bundle(known, step, Scaling(workers=0))
+
+
+def _validate_bundle(plan: Plan, step: int, scaling: Scaling) -> dict[str, float]:
+    found = score(_evaluation(plan, standing.bundle_uri(plan.job, step), scaling), plan.classes)
+    metrics = {f"val/{name}": value for name, value in found.items()}
+    standing.write_validation(plan.job, step, metrics)
+    return metrics
+
+
+def _evaluation(plan: Plan, bundle_uri: str, scaling: Scaling) -> EvaluateJob:
+    """The job that scores a bundle over the validation split."""
+    job = plan.job
+    return EvaluateJob(
+        kind="evaluate",
+        name=job.name,
+        task=job.task,
+        data=job.data.val,
+        bundle=bundle_uri,
+        metrics=job.metrics,
+        inference=job.inference,
+        batch=job.batch,
+        precision=job.precision,
+        scaling=scaling,
+    )
 
 
 # --- after --------------------------------------------------------------------------------------------------------
@@ -321,36 +429,41 @@ def _finish(plan: Plan, counts: dict[str, ClassPixels]) -> TrainResult:
     """Publishes the best bundle as <run>/bundle, evaluates it once more, and draws the report."""
     job = plan.job
     bundle_uri = storage.join(job.run_uri, "bundle")
+    scaling = job.scaling if len(plan.val) > _EVALUATE else Scaling(workers=0)
+    history = _whole_history(plan, scaling)
     best = json.loads(storage.read_text(storage.join(job.run_uri, "best.json")))
     if not storage.exists(storage.join(bundle_uri, bundles.MANIFEST)):
-        bundles.copy(storage.join(job.run_uri, best["bundle"]), bundle_uri)
-    evaluation = measure(
-        EvaluateJob(
-            kind="evaluate",
-            name=job.name,
-            task=job.task,
-            data=job.data.val,
-            bundle=bundle_uri,
-            metrics=job.metrics,
-            inference=job.inference,
-            batch=job.batch,
-            precision=job.precision,
-            scaling=job.scaling if len(plan.val) > _EVALUATE else Scaling(workers=0),
-        ),
-        plan.classes,
-    )
+        (row,) = (row for row in history if row["step"] == best["step"])
+        bundles.copy(storage.join(job.run_uri, best["bundle"]), bundle_uri, row)
+    evaluation = measure(_evaluation(plan, bundle_uri, scaling), plan.classes)
+    update_failures(job.run_uri, "val", evaluation.failures)
     report_uri = storage.join(job.run_uri, "report.html")
-    storage.write_text(report_uri, report.render(_report_page(plan, counts, evaluation, best)))
+    storage.write_text(report_uri, report.render(_report_page(plan, counts, evaluation, history, best)))
     metrics = {f"val/{name}": value for name, value in evaluation.metrics.items()}
     return TrainResult(job.name, metrics, job.run_uri, bundle_uri, report_uri)
 
 
+def _whole_history(plan: Plan, scaling: Scaling) -> standing.History:
+    """The run's rows, every epoch validated: those that were cut off are validated now."""
+    job = plan.job
+    history = standing.read_history(job)
+    for step in standing.not_validated(history):
+        if storage.exists(storage.join(standing.bundle_uri(job, step), bundles.MANIFEST)):
+            logger.info("step %d: its validation was cut off; it is done now", step)
+            _validate_bundle(plan, step, scaling)
+    history = standing.with_validations(job, history)
+    standing.settle(job, history)
+    return history
+
+
 def _report_page(
-    plan: Plan, counts: dict[str, ClassPixels], evaluation: Evaluation, best: dict[str, Any]
+    plan: Plan,
+    counts: dict[str, ClassPixels],
+    evaluation: Evaluation,
+    history: standing.History,
+    best: dict[str, Any],
 ) -> report.ReportPage:
     job = plan.job
-    lines = storage.read_text(storage.join(job.run_uri, "metrics.jsonl")).splitlines()
-    history = [json.loads(line) for line in lines]
     sizes = {"train": len(plan.train), "val": len(plan.val)}
     facts = {
         "best epoch": str(next(int(row["epoch"]) + 1 for row in history if row["step"] == best["step"])),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +10,11 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from raysseg import bundle as bundles
-from raysseg import checkpoint, storage
+from raysseg import checkpoint, standing
 from raysseg.bundle import Bundle, Preprocessing
 from raysseg.config import TrainJob
 from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_pairs
@@ -57,6 +55,7 @@ class Plan:
         class_weights: (C,), if the loss takes any.
         fingerprint: of the data, for the bundle.
         factors: how often an epoch shows each training sample; None: once.
+        validates_beside: validation is left to tasks beside training, which take each epoch's bundle.
     """
 
     job: TrainJob
@@ -66,12 +65,14 @@ class Plan:
     class_weights: tuple[float, ...] | None
     fingerprint: dict[str, Any]
     factors: Factors | None = None
+    validates_beside: bool = False
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An epoch is trained, validated and on storage."""
+    """An epoch is trained and on storage; the first rank alone knows where."""
 
+    step: int
     row: dict[str, float]
     checkpoint_uri: str
 
@@ -115,12 +116,15 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device) -> I
                 if progress is not None:
                     progress.show(event)
             case EpochResult():
-                scores, failures = _validate(state.model, plan, rank, num_workers, dtype)
+                scores: dict[str, float] = {}
+                failures: list[Failure] = []
+                if not plan.validates_beside:
+                    scores, failures = _validate(state.model, plan, rank, num_workers, dtype)
                 skipped.add(event.failures, failures)
                 state.history.append({"epoch": event.epoch, "step": event.step, **event.metrics, **scores})
             case CheckpointDue():
                 uri = _save(state, plan) if rank == 0 else ""
-                yield Saved(state.history[-1], uri)
+                yield Saved(state.step, state.history[-1], uri)
 
 
 def _build_on(plan: Plan, device: torch.device, num_workers: int) -> SegModel:
@@ -234,44 +238,25 @@ class _Progress:
 # --- saving -------------------------------------------------------------------------------------------------------
 
 
-def _scored(state: TrainState, job: TrainJob) -> list[checkpoint.Scored]:
-    sign = 1.0 if job.checkpoint.mode == "max" else -1.0
-    values = [(int(row["step"]), row[job.checkpoint.metric]) for row in state.history]
-    return [checkpoint.Scored(step, sign * value if value == value else -np.inf) for step, value in values]
-
-
 def _save(state: TrainState, plan: Plan) -> str:
-    """Puts an epoch on storage: checkpoint, metrics, a bundle if it is among the best; returns the checkpoint's URI."""
-    job, row = plan.job, state.history[-1]
+    """Puts an epoch on storage: checkpoint, metrics, a bundle if it may be among the best; the checkpoint's URI."""
+    job = plan.job
+    if plan.validates_beside:
+        state.history = standing.with_validations(job, state.history)
     uri = checkpoint.write(job.run_uri, state)
-    rows = "".join(json.dumps(entry) + "\n" for entry in state.history)
-    storage.write_text(storage.join(job.run_uri, "metrics.jsonl"), rows)
-    scored = _scored(state, job)
-    keep = checkpoint.best(scored, job.checkpoint.keep)
-    if state.step in keep:
+    if standing.is_among_best(job, state.history) or plan.validates_beside:
         _write_bundle(state, plan)
-    if checkpoint.best(scored, 1) == {state.step}:
-        metric = job.checkpoint.metric
-        best = {"bundle": f"bundles/{state.step:08d}", "step": state.step, "metric": metric, "value": row[metric]}
-        storage.write_text(storage.join(job.run_uri, "best.json"), json.dumps(best))
-    newest = checkpoint.steps(job.run_uri)[-2:]
-    checkpoint.thin(storage.join(job.run_uri, "checkpoints"), checkpoint.MANIFEST, keep | set(newest))
-    checkpoint.thin(storage.join(job.run_uri, "bundles"), bundles.MANIFEST, keep)
-    logger.info(
-        "epoch %d: train loss %.4f, %s %.4f; saved %s",
-        int(row["epoch"]) + 1,
-        row["train/loss"],
-        job.checkpoint.metric,
-        row[job.checkpoint.metric],
-        uri,
-    )
+    standing.settle(job, state.history)
+    row, metric = state.history[-1], job.checkpoint.metric
+    score = f"{metric} {row[metric]:.4f}" if metric in row else f"{metric} is to come"
+    logger.info("epoch %d: train loss %.4f, %s; saved %s", int(row["epoch"]) + 1, row["train/loss"], score, uri)
     return uri
 
 
 def _write_bundle(state: TrainState, plan: Plan) -> None:
     job = plan.job
     bundle = Bundle(
-        uri=storage.join(job.run_uri, "bundles", f"{state.step:08d}"),
+        uri=standing.bundle_uri(job, state.step),
         task=job.task,
         classes=plan.classes,
         model=job.model.name,

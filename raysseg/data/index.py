@@ -119,3 +119,12 @@ def write_failures(run_uri: str, failures: dict[str, list[Failure]]) -> None:
     if any(failures.values()):
         content = {split: [asdict(failure) for failure in entries] for split, entries in failures.items()}
         storage.write_text(storage.join(run_uri, "skipped.json"), json.dumps(content, indent=2))
+
+
+def update_failures(run_uri: str, split: str, failures: list[Failure]) -> None:
+    """Lists the skipped samples of one split in skipped.json, and leaves the others as they are."""
+    if failures:
+        uri = storage.join(run_uri, "skipped.json")
+        known = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+        others = {name: [Failure(**entry) for entry in entries] for name, entries in known.items()}
+        write_failures(run_uri, others | {split: failures})

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from raysseg.data.batches import Feed, build_feed, iter_batches, iter_chunks
 from raysseg.evaluate import evaluate
 from raysseg.ledger import Ledger
 from raysseg.predictor import Predictor
+from raysseg.schema import InputError
 from raysseg.train import TrainResult, train
 from raysseg.worker import Plan, train_epochs
 from tests.conftest import example_job
@@ -150,6 +152,50 @@ def test_ray_delivers_and_trains_as_this_process_does(trained_on_ray: TrainResul
     ours, theirs = rows(trained_on_ray.run), rows(trained.run)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     np.testing.assert_allclose([r["train/loss"] for r in ours], [r["train/loss"] for r in theirs], rtol=0.1)
+
+
+def test_validation_beside_training_tells_what_the_workers_would(
+    ray_cluster: None, example: Path, tmp_path: Path
+) -> None:
+    one = "scaling={workers: 1, cpus_per_worker: 0.5}"
+    beside, inline = (
+        train(
+            example_job(str(example), str(tmp_path), one, f"validation={{where: {where}, cpus: 0.5}}", f"name={where}")
+        )
+        for where in ("beside", "inline")
+    )
+    assert len(list(Path(beside.run, "validations").iterdir())) == 2
+    assert not Path(inline.run, "validations").exists()
+    for ours, theirs in zip(rows(beside.run), rows(inline.run), strict=True):
+        assert ours["train/loss"] == theirs["train/loss"]
+        assert {k: v for k, v in ours.items() if k.startswith("val/")} == pytest.approx(
+            {k: v for k, v in theirs.items() if k.startswith("val/")}, nan_ok=True
+        )
+    assert beside.metrics == pytest.approx(inline.metrics, nan_ok=True)
+    assert read_bundle(beside.bundle).metrics["val/miou"] == beside.metrics["val/miou"]
+
+
+def test_validation_without_room_is_refused(ray_cluster: None, example: Path, tmp_path: Path) -> None:
+    one = "scaling={workers: 1, cpus_per_worker: 0.5}"
+    job = example_job(str(example), str(tmp_path), one, "validation={where: beside, cpus: 64}")
+    with pytest.raises(InputError, match=r"validation: a task of 64 CPUs and 0 GPUs has no room beside 1 workers"):
+        train(job)
+
+
+def test_validation_that_was_cut_off_is_made_up_for(trained: TrainResult, example: Path, tmp_path: Path) -> None:
+    copytree(trained.run, tmp_path / Path(trained.run).name)
+    run = tmp_path / Path(trained.run).name
+    whole = rows(str(run))
+    bare = [{key: value for key, value in row.items() if not key.startswith("val/")} for row in whole]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    for path in (run / "best.json", run / "report.html"):
+        path.unlink()
+    job = example_job(str(example), str(tmp_path), "scaling.workers=0", "name=here")
+    (run / "job.json").write_text(json.dumps(job.model_dump(mode="json")))
+    assert train(job).metrics == pytest.approx(trained.metrics, nan_ok=True)
+    kept = {int(path.name) for path in (run / "bundles").iterdir()}
+    for row, expected in zip(rows(str(run)), whole, strict=True):
+        assert row["step"] not in kept or row == pytest.approx(expected, nan_ok=True)
 
 
 def test_oversampled_epochs_are_as_long_here_and_on_ray(

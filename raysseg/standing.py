@@ -1,0 +1,92 @@
+"""How a run stands: a row of metrics an epoch, which epoch is best, and what is kept of the others.
+
+Validation may come later than its epoch, from tasks beside training: each writes a file, and its numbers join the
+epoch's row when the run is next looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+from raysseg import bundle as bundles
+from raysseg import checkpoint, storage
+from raysseg.config import TrainJob
+
+History = list[dict[str, float]]
+"""A row an epoch: `epoch` and `step`, `train/...`, and `val/...` as soon as it is known."""
+
+
+def bundle_uri(job: TrainJob, step: int) -> str:
+    """Where the bundle of a step lies, if it is kept."""
+    return storage.join(job.run_uri, "bundles", f"{step:08d}")
+
+
+def is_among_best(job: TrainJob, history: History) -> bool:
+    """Whether the last epoch's bundle is worth writing; so it is where its validation is still to come."""
+    step = int(history[-1]["step"])
+    return step in _pending(job, history) or step in checkpoint.best(_scored(job, history), job.checkpoint.keep)
+
+
+def settle(job: TrainJob, history: History) -> None:
+    """Brings metrics.jsonl, best.json and what is kept up to the history."""
+    run_uri = job.run_uri
+    rows = "".join(json.dumps(row) + "\n" for row in history)
+    storage.write_text(storage.join(run_uri, "metrics.jsonl"), rows)
+    scored = _scored(job, history)
+    for step in checkpoint.best(scored, 1):
+        metric = job.checkpoint.metric
+        (value,) = (row[metric] for row in history if row["step"] == step)
+        best = {"bundle": f"bundles/{step:08d}", "step": step, "metric": metric, "value": value}
+        storage.write_text(storage.join(run_uri, "best.json"), json.dumps(best))
+    keep = checkpoint.best(scored, job.checkpoint.keep)
+    newest = checkpoint.steps(run_uri)[-2:]
+    checkpoint.thin(storage.join(run_uri, "checkpoints"), checkpoint.MANIFEST, keep | set(newest))
+    checkpoint.thin(storage.join(run_uri, "bundles"), bundles.MANIFEST, keep | _pending(job, history))
+
+
+def read_history(job: TrainJob) -> History:
+    """The rows of metrics.jsonl, with the validations that have come since."""
+    lines = storage.read_text(storage.join(job.run_uri, "metrics.jsonl")).splitlines()
+    return with_validations(job, [json.loads(line) for line in lines])
+
+
+def with_validations(job: TrainJob, history: History) -> History:
+    """The rows, with what validations beside training have found."""
+    return [row | (_read_validation(job, int(row["step"])) if _is_waiting(row) else {}) for row in history]
+
+
+def not_validated(history: History) -> list[int]:
+    """Steps whose validation is not known."""
+    return [int(row["step"]) for row in history if _is_waiting(row)]
+
+
+def write_validation(job: TrainJob, step: int, metrics: dict[str, float]) -> None:
+    """Puts a validation's numbers on storage, where the run will find them."""
+    storage.write_text(_validation_uri(job, step), json.dumps(metrics))
+
+
+def _read_validation(job: TrainJob, step: int) -> dict[str, float]:
+    """The numbers of a step's validation; none while it is still to come."""
+    uri = _validation_uri(job, step)
+    metrics: dict[str, float] = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+    return metrics
+
+
+def _is_waiting(row: dict[str, float]) -> bool:
+    return not any(name.startswith("val/") for name in row)
+
+
+def _validation_uri(job: TrainJob, step: int) -> str:
+    return storage.join(job.run_uri, "validations", f"{step:08d}.json")
+
+
+def _pending(job: TrainJob, history: History) -> set[int]:
+    """Steps that can't be ranked yet."""
+    return {int(row["step"]) for row in history if job.checkpoint.metric not in row}
+
+
+def _scored(job: TrainJob, history: History) -> list[checkpoint.Scored]:
+    sign = 1.0 if job.checkpoint.mode == "max" else -1.0
+    values = [(int(row["step"]), row[job.checkpoint.metric]) for row in history if job.checkpoint.metric in row]
+    return [checkpoint.Scored(step, -math.inf if math.isnan(value) else sign * value) for step, value in values]
