@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raysseg.config import Loss
 from raysseg.losses import LOSSES, ClassPixels, Settings, balance, count_normalisers, count_pixels, dice
 
 IGNORE = 255
@@ -41,7 +42,7 @@ def test_cross_entropy_is_torchs(class_weights: Tensor | None) -> None:
 @pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
 def test_focal_with_gamma_0_is_cross_entropy(class_weights: Tensor | None) -> None:
     logits, labels, weights = example()
-    settings = Settings(IGNORE, class_weights, focal_gamma=0)
+    settings = Settings(IGNORE, class_weights, Loss(focal_gamma=0))
     losses = [LOSSES[name][0](logits, labels, weights, settings) for name in ("focal", "cross_entropy")]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
@@ -49,7 +50,7 @@ def test_focal_with_gamma_0_is_cross_entropy(class_weights: Tensor | None) -> No
 
 def test_focal_is_the_papers_formula() -> None:
     logits, labels, weights = example()
-    found = LOSSES["focal"][0](logits, labels, weights, Settings(IGNORE, CLASS_WEIGHTS, focal_gamma=2.0))
+    found = LOSSES["focal"][0](logits, labels, weights, Settings(IGNORE, CLASS_WEIGHTS))
     p = logits.softmax(1)
     expected = torch.zeros((), dtype=torch.float64)
     for b, y, x in (labels != IGNORE).nonzero().tolist():
