@@ -324,7 +324,7 @@ class Loss(Section):
     ohem_min_kept: Annotated[float, Field(gt=0, le=1)] = 0.0625
     """The share of an image's labelled pixels that are taken as hard at least."""
     boundary_sigma: Annotated[float, Field(gt=0, le=40)] = 5.0
-    """Pixels: the weight is exp(-d^2 / 2 sigma^2) at a distance d from another class, and 0 from 3 sigma on."""
+    """Pixels: the weight is exp(-d^2 / 2 sigma^2) at a distance d from another class, and 0 beyond 3 sigma."""
     tversky_alpha: Annotated[float, Field(ge=0)] = 0.3
     """Weight of false positives; with both at 0.5 it is Dice."""
     tversky_beta: Annotated[float, Field(gt=0)] = 0.7
@@ -360,7 +360,7 @@ class Loss(Section):
     def _uses_class_weights(self) -> Self:
         takers = [name for name, term in LOSS_TERMS.items() if term.takes_class_weights]
         if self.class_weights is not None and self.terms and not self.terms.keys() & set(takers):
-            message = "{used} takes none; leave them out, or give {takers} a positive weight"
+            message = "no term in use takes them ({used}); leave them out, or give {takers} a positive weight"
             context = {"key": "class_weights", "used": ", ".join(self.terms), "takers": _either(takers)}
             raise PydanticCustomError("no_use", message, context)
         return self
