@@ -6,7 +6,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -284,30 +285,96 @@ class Model(Section):
     """Of models that take any: the name of a backbone in timm."""
 
 
-class Loss(Section):
-    """Weights of the loss terms; 0 turns one off."""
+@dataclass(frozen=True)
+class LossTerm:
+    """Marks a key of Loss as the weight of a term.
 
-    cross_entropy: Annotated[float, Field(ge=0)] = 1.0
-    focal: Annotated[float, Field(ge=0)] = 0.0
-    dice: Annotated[float, Field(ge=0)] = 0.0
+    Attributes:
+        takes_class_weights: whether class weights change the term.
+    """
+
+    takes_class_weights: bool
+
+
+WeightedTerm = Annotated[float, Field(ge=0), LossTerm(takes_class_weights=True)]
+UnweightedTerm = Annotated[float, Field(ge=0), LossTerm(takes_class_weights=False)]
+
+
+class Loss(Section):
+    """Weights of the loss terms, 0 turns one off; and what the terms go by."""
+
+    cross_entropy: WeightedTerm = 1.0
+    focal: WeightedTerm = 0.0
+    """Cross-entropy that easy pixels have little part in (Lin et al. 2017)."""
+    ohem: WeightedTerm = 0.0
+    """Cross-entropy of each image's hard pixels alone (Shrivastava et al. 2016)."""
+    boundary: WeightedTerm = 0.0
+    """Cross-entropy near boundaries between classes, beside another term; 10 beside a cross-entropy of 1 is U-Net's
+    (Ronneberger et al. 2015)."""
+    dice: UnweightedTerm = 0.0
+    """1 - soft Dice by image and class (Milletari et al. 2016)."""
+    tversky: UnweightedTerm = 0.0
+    """Dice that weighs false positives and false negatives apart (Salehi et al. 2017)."""
+    lovasz: UnweightedTerm = 0.0
+    """1 - IoU by image and class, made convex (Berman et al. 2018)."""
     focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    """How much less easy pixels weigh; 0: as cross_entropy."""
+    ohem_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Pixels are hard whose class is given less than this probability."""
+    ohem_min_kept: Annotated[float, Field(gt=0, le=1)] = 0.0625
+    """The share of an image's labelled pixels that are taken as hard at least."""
+    boundary_sigma: Annotated[float, Field(gt=0, le=40)] = 5.0
+    """Pixels: the weight is exp(-d^2 / 2 sigma^2) at a distance d from another class, and 0 beyond 3 sigma."""
+    tversky_alpha: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of false positives; with both at 0.5 it is Dice."""
+    tversky_beta: Annotated[float, Field(gt=0)] = 0.7
+    """Weight of false negatives."""
+    tversky_gamma: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent of each class's loss: focal Tversky (Abraham and Khan 2019), whose 4/3 is 0.75 here."""
     class_weights: (
         Literal["inverse", "median_frequency", "effective_number"] | tuple[Annotated[float, Field(ge=0)], ...] | None
     ) = None
-    """One weight a class in the class list's order, or a scheme that is computed from the training masks."""
+    """One weight a class in the class list's order, or a scheme that is computed from the training masks; of the terms
+    that go by pixels."""
     effective_beta: Annotated[float, Field(ge=0, lt=1)] = 0.999999
     """The beta of `effective_number` (Cui et al. 2019); counts are pixels, hence so near to 1."""
 
     @property
     def terms(self) -> dict[str, float]:
         """The terms in use and their weights."""
-        return {name: weight for name in ("cross_entropy", "focal", "dice") if (weight := getattr(self, name)) > 0}
+        return {name: weight for name in LOSS_TERMS if (weight := getattr(self, name)) > 0}
 
     @model_validator(mode="after")
     def _has_a_term(self) -> Self:
         if not self.terms:
-            raise PydanticCustomError("no_loss", "every term is 0; give cross_entropy, focal or dice a positive weight")
+            raise PydanticCustomError(
+                "no_loss", "every term is 0; give {names} a positive weight", {"names": _either(LOSS_TERMS)}
+            )
+        if list(self.terms) == ["boundary"]:
+            message = "boundary alone leaves what is far from boundaries untaught; give {names} a positive weight too"
+            others = [name for name in LOSS_TERMS if name != "boundary"]
+            raise PydanticCustomError("boundary_alone", message, {"names": _either(others)})
         return self
+
+    @model_validator(mode="after")
+    def _uses_class_weights(self) -> Self:
+        takers = [name for name, term in LOSS_TERMS.items() if term.takes_class_weights]
+        if self.class_weights is not None and self.terms and not self.terms.keys() & set(takers):
+            message = "no term in use takes them ({used}); leave them out, or give {takers} a positive weight"
+            context = {"key": "class_weights", "used": ", ".join(self.terms), "takers": _either(takers)}
+            raise PydanticCustomError("no_use", message, context)
+        return self
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
+LOSS_TERMS: dict[str, LossTerm] = {
+    name: mark for name, info in Loss.model_fields.items() for mark in info.metadata if isinstance(mark, LossTerm)
+}
+"""The terms that a job can weigh; `raysseg.losses.LOSSES` computes them."""
 
 
 class Optimizer(Section):

@@ -26,20 +26,22 @@ class DenseLoss(nn.Module):
 
     @property
     def _settings(self) -> Settings:
-        return Settings(self._ignore, self.class_weights, self._loss.focal_gamma)
+        return Settings(self._ignore, self.class_weights, self._loss)
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """Class-weighted labelled pixels, and images."""
         return count_normalisers(targets.labels, targets.weights, self._settings)
 
     def forward(self, logits: Tensor, targets: Targets, normalisers: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The terms of logits (B, C, h, w), weighted and divided by their normalisers."""
+        """The terms of logits (B, C, h, w), weighted and divided by their normalisers; in float32 at least."""
         normalisers = normalisers or self.normalisers(targets)
         size = targets.labels.shape[-2:]
-        scaled = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         losses = {}
-        for name, weight in self._loss.terms.items():
-            term, normaliser = LOSSES[name]
-            divisor = normalisers[normaliser].clamp(min=1e-12)
-            losses[name] = weight * term(scaled, targets.labels, targets.weights, self._settings) / divisor
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            scaled = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            for name, weight in self._loss.terms.items():
+                term, normaliser = LOSSES[name]
+                divisor = normalisers[normaliser].clamp(min=1e-12)
+                losses[name] = weight * term(scaled, targets.labels, targets.weights, self._settings) / divisor
         return losses

@@ -38,7 +38,7 @@ def make_job(per_worker: int) -> config.TrainJob:
             "classes": list(CLASSES.names),
             "data": {"train": folder, "val": folder, "crop": [32, 32]},
             "model": {"name": "segformer-tiny", "weights": None},
-            "loss": {"cross_entropy": 1.0, "focal": 0.5, "dice": 0.7},
+            "loss": {"focal_gamma": 1.5, "boundary_sigma": 1.0, **dict.fromkeys(losses.LOSSES, 0.7)},
             "optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": None},
             "schedule": {"epochs": 1, "warmup": 0, "decay": "none"},
             "batch": {"global_size": NUM_IMAGES, "per_worker": per_worker},

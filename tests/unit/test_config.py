@@ -281,7 +281,26 @@ def test_local_paths_become_absolute_and_remote_ones_stay(tmp_path: Path, monkey
             "allowed: 'inverse', 'median_frequency' or 'effective_number', or a list",
         ),
         ({"loss__class_weights": [1, -1]}, "loss.class_weights.1: received -1; allowed: numbers from 0 on"),
-        ({"loss": {"cross_entropy": 0}}, "loss: every term is 0; give cross_entropy, focal or dice a positive weight"),
+        (
+            {"loss": {"cross_entropy": 0}},
+            "loss: every term is 0; "
+            "give cross_entropy, focal, ohem, boundary, dice, tversky or lovasz a positive weight",
+        ),
+        (
+            {"loss": {"cross_entropy": 0, "boundary": 1}},
+            "loss: boundary alone leaves what is far from boundaries untaught; give cross_entropy, focal, ohem, dice, "
+            "tversky or lovasz a positive weight too",
+        ),
+        (
+            {"loss": {"cross_entropy": 0, "dice": 1, "lovasz": 1, "class_weights": "inverse"}},
+            "loss.class_weights: no term in use takes them (dice, lovasz); leave them out, or give cross_entropy, "
+            "focal, ohem or boundary a positive weight",
+        ),
+        ({"loss": {"lovasz": -1}}, "loss.lovasz: received -1; allowed: numbers from 0 on"),
+        ({"loss__ohem_threshold": 0}, "loss.ohem_threshold: received 0; allowed: numbers above 0"),
+        ({"loss__ohem_min_kept": 1.5}, "loss.ohem_min_kept: received 1.5; allowed: numbers up to 1"),
+        ({"loss__boundary_sigma": 50}, "loss.boundary_sigma: received 50; allowed: numbers up to 40"),
+        ({"loss__tversky_beta": 0}, "loss.tversky_beta: received 0; allowed: numbers above 0"),
         ({"optimizer__lr": "fast"}, 'optimizer.lr: received "fast"; allowed: a number'),
         ({"optimizer__lr": 0}, "optimizer.lr: received 0; allowed: numbers above 0"),
         ({"optimizer__lr": float("inf")}, "optimizer.lr: received Infinity; allowed: a finite number"),
