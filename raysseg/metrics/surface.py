@@ -135,9 +135,9 @@ def _quantile(distances: Distances, share: float) -> float:
 
 def average_distance(distances: Distances) -> float:
     """The mean over the contour's length; NaN where it has none."""
-    return (
-        float((distances.values * distances.lengths).sum() / total) if (total := distances.lengths.sum()) else math.nan
-    )
+    if not len(distances.values):
+        return math.nan
+    return float((distances.values * distances.lengths).sum() / distances.lengths.sum())
 
 
 def surface_dice(one: Distances, other: Distances, tolerance: float) -> float:
