@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,13 +164,14 @@ def our_pq_of_files(panoptic: Panoptic, classes: ClassMap) -> float:
     return metric.compute()["pq"]
 
 
-def our_segments(panoptic: Panoptic, classes: ClassMap) -> list[tuple[SegmentMap, SegmentMap]]:
+def iter_segments(panoptic: Panoptic, classes: ClassMap) -> Iterator[tuple[SegmentMap, SegmentMap]]:
     """(Prediction, truth) of decoded PNG files."""
-    sides = [
-        [_to_segments(panoptic.pictures[f"{folder}/{a['file_name']}"], a["segments_info"], classes) for a in side]
-        for folder, side in zip(panoptic.folders, zip(*panoptic.annotations, strict=True), strict=True)
-    ]
-    return list(zip(sides[1], sides[0], strict=True))
+    for pair in panoptic.annotations:
+        truth, prediction = (
+            _to_segments(panoptic.pictures[f"{folder}/{a['file_name']}"], a["segments_info"], classes)
+            for folder, a in zip(panoptic.folders, pair, strict=True)
+        )
+        yield prediction, truth
 
 
 def _to_segments(pixels: npt.NDArray[np.uint8], entries: list[dict[str, Any]], classes: ClassMap) -> SegmentMap:
@@ -181,7 +182,7 @@ def _to_segments(pixels: npt.NDArray[np.uint8], entries: list[dict[str, Any]], c
     )
 
 
-def our_quality(measure: Measure, name: str, views: Callable[[], list[tuple[SegmentMap, SegmentMap]]]) -> float:
+def our_quality(measure: Measure, name: str, views: Callable[[], Iterable[tuple[SegmentMap, SegmentMap]]]) -> float:
     return measure.compute([measure.count(*pair) for pair in views()])[name]
 
 
@@ -205,8 +206,8 @@ def panoptic_rows(peers: Sequence[str], data: str, rounds: int) -> list[dict[str
     classes = read_class_map(None, panoptic.sources[0])
     official = _import_from(peers[0], "panopticapi.evaluation")
     boundary = _import_from(peers[1], "boundary_iou.coco_panoptic_api.evaluation")
-    decode = partial(our_segments, panoptic, classes)
-    views = decode()
+    decode = partial(iter_segments, panoptic, classes)
+    views = list(decode())
     pq = partial(our_quality, PanopticQuality(classes), "pq")
     boundary_pq = partial(our_quality, BoundaryPanopticQuality(classes), "boundary_pq", decode)
     peer_pq = partial(published_quality, official, panoptic)

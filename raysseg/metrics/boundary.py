@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysseg.masks import IdMap, LabelMap
+from raysseg.metrics.overlaps import count_overlaps
 from raysseg.metrics.semantic import mean_of_known
 from raysseg.schema import ClassMap
 
@@ -42,8 +43,7 @@ def inner_boundaries(labels: IdMap, width: int, is_unknown: Mask | None = None) 
     """
     lower, upper = labels, labels
     if is_unknown is not None:
-        lower = np.where(is_unknown, np.iinfo(labels.dtype).max, labels)
-        upper = np.where(is_unknown, 0, labels)
+        lower, upper = mark(labels, is_unknown), labels * ~is_unknown
     # pixels of one label alone have it as their least and as their largest; beyond the image lies nothing to OpenCV
     found: Mask = cv2.erode(lower, _square(width)) != labels
     found |= cv2.dilate(upper, _square(width)) != labels
@@ -52,6 +52,12 @@ def inner_boundaries(labels: IdMap, width: int, is_unknown: Mask | None = None) 
     if is_unknown is not None:
         found &= ~is_unknown
     return found
+
+
+def mark(labels: IdMap, is_marked: Mask) -> IdMap:
+    """Some pixels become the largest value of the type."""
+    marks: IdMap = np.negative(is_marked.astype(labels.dtype))  # unsigned: 1 becomes the largest
+    return labels | marks
 
 
 def _square(width: int) -> npt.NDArray[np.uint8]:
@@ -89,22 +95,16 @@ class BoundaryIou:
         width = boundary_width((labelled.shape[0], labelled.shape[1]))
         of_truth = inner_boundaries(labelled, width, is_unknown)
         of_prediction = inner_boundaries(predicted, width, is_unknown)
-        common = of_truth & of_prediction & (labelled == predicted)
-        pixels = [
-            self._by_class(labelled[common]),
-            self._by_class(labelled[of_truth]),
-            self._by_class(predicted[of_prediction]),
-        ]
-        present = np.flatnonzero(pixels[1] + pixels[2])
+        # the largest value is no class
+        overlaps = count_overlaps(mark(labelled, ~of_truth), mark(predicted, ~of_prediction))
+        truth_pixels, prediction_pixels = overlaps.areas(len(self._names), len(self._names))
+        present = np.flatnonzero(truth_pixels + prediction_pixels)
         record = np.zeros(len(present), _COUNTS)
         record["class_id"] = present
-        for name, values in zip(("common", "truth", "prediction"), pixels, strict=True):
-            record[name] = values[present]
+        record["common"] = overlaps.of(present << 16 | present)
+        record["truth"] = truth_pixels[present]
+        record["prediction"] = prediction_pixels[present]
         return record.tobytes()
-
-    def _by_class(self, labels: IdMap) -> npt.NDArray[np.intp]:
-        """Pixels of each class, (C,); labels of no class are left out."""
-        return np.bincount(labels, minlength=len(self._names))[: len(self._names)]
 
     def _scores(self, records: Sequence[bytes]) -> npt.NDArray[np.float64]:
         """Boundary IoU of each class, (C,); NaN where the truth has no boundary of it."""

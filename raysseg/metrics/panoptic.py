@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from raysseg.masks import IdMap, SegmentMap
-from raysseg.metrics.boundary import boundary_width, inner_boundaries
+from raysseg.metrics.boundary import boundary_width, inner_boundaries, mark
+from raysseg.metrics.overlaps import Overlaps, Pixels, count_overlaps
 from raysseg.metrics.semantic import mean_of_known
 from raysseg.schema import ClassMap
 
@@ -17,61 +17,6 @@ Floats = npt.NDArray[np.float64]
 
 _COUNTS = np.dtype([("class_id", "<u2"), ("hits", "<u2"), ("surplus", "<u2"), ("missed", "<u2"), ("iou", "<f8")])
 """One class in one image: true positives, false positives, false negatives, and the sum of the first ones' IoU."""
-
-
-@dataclass(frozen=True)
-class Overlaps:
-    """The pixels that two maps of numbers have in common, by pairs of numbers.
-
-    Attributes:
-        pairs: (K,) int64, 65536 * the first map's number + the second's, ascending.
-        pixels: (K,) int64, none of them 0.
-    """
-
-    pairs: npt.NDArray[np.int64]
-    pixels: npt.NDArray[np.int64]
-
-    @property
-    def first(self) -> npt.NDArray[np.int64]:
-        """Numbers in the first map, (K,)."""
-        return self.pairs >> 16
-
-    @property
-    def second(self) -> npt.NDArray[np.int64]:
-        """Numbers in the second map, (K,)."""
-        return self.pairs & 0xFFFF
-
-    def areas(self, num_first: int, num_second: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Pixels by number in either map, of 0 and so many numbers more."""
-        first = np.bincount(self.first, self.pixels, num_first + 1)
-        second = np.bincount(self.second, self.pixels, num_second + 1)
-        return first.astype(np.int64), second.astype(np.int64)
-
-    def of(self, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Pixels of some pairs, 0 of those that have none in common."""
-        place = np.searchsorted(self.pairs, pairs).clip(max=len(self.pairs) - 1)
-        return np.where(self.pairs[place] == pairs, self.pixels[place], 0)
-
-
-def count_overlaps(first: IdMap, second: IdMap) -> Overlaps:
-    """The joint histogram of two maps of numbers, (H, W) each and not empty.
-
-    Along the rows numbers seldom change: sorted and added up are runs, not pixels. The memory does not depend on how
-    many segments there are.
-    """
-    assert max(first.itemsize, second.itemsize) <= 2, "numbers are uint8 or uint16"
-    one, other = first.ravel(), second.ravel()
-    is_end = one[1:] != one[:-1]
-    is_end |= other[1:] != other[:-1]
-    ends = np.append(np.flatnonzero(is_end), one.size - 1)
-    # one word a run, since words sort fastest: 16 bits for either number, 32 for the length
-    runs = one[ends].astype(np.uint64) << np.uint64(48) | other[ends].astype(np.uint64) << np.uint64(32)
-    runs |= np.diff(ends, prepend=-1).astype(np.uint64)
-    runs.sort()
-    pairs = runs >> np.uint64(32)
-    starts = np.append(0, np.flatnonzero(pairs[1:] != pairs[:-1]) + 1)
-    pixels = np.add.reduceat(runs & np.uint64(0xFFFFFFFF), starts)
-    return Overlaps(pairs[starts].astype(np.int64), pixels.astype(np.int64))
 
 
 class PanopticQuality:
@@ -97,7 +42,7 @@ class PanopticQuality:
         """
         overlaps = _count_segments(prediction, truth)
         pairs = _find_candidates(prediction, truth, overlaps)
-        return _to_record(prediction, truth, overlaps, pairs, _iou(overlaps, pairs, prediction, truth))
+        return _to_record(prediction, truth, overlaps, pairs, _iou(prediction, truth, overlaps, pairs))
 
     def score(self, record: bytes) -> float:
         """Its PQ, the mean over its classes."""
@@ -150,7 +95,7 @@ class BoundaryPanopticQuality(PanopticQuality):
         overlaps = _count_segments(prediction, truth)
         pairs = _find_candidates(prediction, truth, overlaps)
         boundaries = count_overlaps(_keep_boundaries(truth), _keep_boundaries(prediction))
-        iou = np.minimum(_iou(overlaps, pairs, prediction, truth), _iou(boundaries, pairs, prediction, truth))
+        iou = np.minimum(*(_iou(prediction, truth, counted, pairs) for counted in (overlaps, boundaries)))
         return _to_record(prediction, truth, overlaps, pairs, iou)
 
 
@@ -169,12 +114,12 @@ def _count_segments(prediction: SegmentMap, truth: SegmentMap) -> Overlaps:
 def _keep_boundaries(segments: SegmentMap) -> IdMap:
     """Numbers near contours; in the middle of segments is one that none has, and void stays void."""
     numbers = segments.numbers
-    is_boundary = inner_boundaries(numbers, boundary_width((numbers.shape[0], numbers.shape[1])))
     assert len(segments) < 65535, "one number is left for what is no boundary"
-    return np.where(is_boundary | (numbers == 0), numbers, np.uint16(len(segments) + 1))
+    is_boundary = inner_boundaries(numbers, boundary_width((numbers.shape[0], numbers.shape[1])))
+    return mark(numbers.astype(np.uint16, copy=False), ~is_boundary & (numbers > 0))
 
 
-def _find_candidates(prediction: SegmentMap, truth: SegmentMap, overlaps: Overlaps) -> npt.NDArray[np.int64]:
+def _find_candidates(prediction: SegmentMap, truth: SegmentMap, overlaps: Overlaps) -> Pixels:
     """The pairs that may match: of one class, and no crowds."""
     class_of_truth = np.append(-1, np.where(truth.is_crowd, -1, truth.class_ids))
     class_of_prediction = np.append(-2, prediction.class_ids)
@@ -182,42 +127,41 @@ def _find_candidates(prediction: SegmentMap, truth: SegmentMap, overlaps: Overla
     return overlaps.pairs[is_candidate]
 
 
-def _iou(
-    overlaps: Overlaps, pairs: npt.NDArray[np.int64], prediction: SegmentMap, truth: SegmentMap
-) -> npt.NDArray[np.float64]:
+def _iou(prediction: SegmentMap, truth: SegmentMap, overlaps: Overlaps, pairs: Pixels) -> Floats:
     """IoU of each pair, what the truth's void covers left out."""
-    of_truth, of_prediction = overlaps.areas(len(truth), len(prediction))
+    of_truth, of_prediction = overlaps.areas(len(truth) + 1, len(prediction) + 1)
     number = pairs & 0xFFFF
     common, void = overlaps.of(pairs), overlaps.of(number)  # 0, void's number, and the prediction's make a pair too
     found: Floats = common / (of_truth[pairs >> 16] + of_prediction[number] - common - void)
     return found
 
 
-def _to_record(
-    prediction: SegmentMap, truth: SegmentMap, overlaps: Overlaps, pairs: npt.NDArray[np.int64], iou: Floats
-) -> bytes:
+def _to_record(prediction: SegmentMap, truth: SegmentMap, overlaps: Overlaps, pairs: Pixels, iou: Floats) -> bytes:
     """What each class comes to, of pairs and their IoU."""
-    of_truth, of_prediction = overlaps.areas(len(truth), len(prediction))
+    of_truth, of_prediction = overlaps.areas(len(truth) + 1, len(prediction) + 1)
     is_hit = iou > 0.5  # hence no segment is in two
     hits, iou = pairs[is_hit], iou[is_hit]
-    is_missed = (of_truth > 0) & np.append(False, ~truth.is_crowd)
-    is_missed[hits >> 16] = False
-    is_surplus = of_prediction > 0
-    is_surplus[[0, *(hits & 0xFFFF)]] = False
+    is_missed, is_surplus = of_truth > 0, of_prediction > 0
+    is_missed[0] = is_surplus[0] = False
+    is_missed[hits >> 16] = is_surplus[hits & 0xFFFF] = False
     surplus = np.flatnonzero(is_surplus)
-    crowds = np.flatnonzero((of_truth > 0) & np.append(False, truth.is_crowd))
-    crowd_of = {int(truth.class_ids[number - 1]): number for number in crowds}
-    crowd = np.array([crowd_of.get(c, 0) for c in prediction.class_ids[surplus - 1].tolist()], np.int64)
-    covered = overlaps.of(surplus) + np.where(crowd > 0, overlaps.of(crowd << 16 | surplus), 0)
+    covered = overlaps.of(surplus)
+    if truth.is_crowd.any():
+        crowds = np.flatnonzero(is_missed[1:] & truth.is_crowd) + 1
+        is_missed[crowds] = False
+        crowd_of = {int(truth.class_ids[number - 1]): number for number in crowds}
+        crowd = np.array([crowd_of.get(c, 0) for c in prediction.class_ids[surplus - 1].tolist()], np.int64)
+        covered += np.where(crowd > 0, overlaps.of(crowd << 16 | surplus), 0)
     surplus = surplus[covered / of_prediction[surplus] <= 0.5]
 
-    class_of_hit = truth.class_ids[(hits >> 16) - 1]
-    num_classes = 1 + max(truth.class_ids.max(initial=-1), prediction.class_ids.max(initial=-1))
+    of_hits = truth.class_ids[(hits >> 16) - 1]
+    num_classes = 1 + int(max(truth.class_ids.max(initial=-1), prediction.class_ids.max(initial=-1)))
     counts = np.zeros(num_classes, _COUNTS)
-    counts["class_id"] = np.arange(num_classes)
-    counts["hits"] = np.bincount(class_of_hit, minlength=num_classes)
-    counts["iou"] = np.bincount(class_of_hit, iou, num_classes)
-    counts["missed"] = np.bincount(truth.class_ids[np.flatnonzero(is_missed) - 1], minlength=num_classes)
+    counts["hits"] = np.bincount(of_hits, minlength=num_classes)
     counts["surplus"] = np.bincount(prediction.class_ids[surplus - 1], minlength=num_classes)
-    record: bytes = counts[counts["hits"] + counts["missed"] + counts["surplus"] > 0].tobytes()
+    counts["missed"] = np.bincount(truth.class_ids[np.flatnonzero(is_missed) - 1], minlength=num_classes)
+    counts["iou"] = np.bincount(of_hits, iou, num_classes)
+    present = np.flatnonzero(counts["hits"] + counts["surplus"] + counts["missed"])
+    counts["class_id"][present] = present
+    record: bytes = counts[present].tobytes()
     return record

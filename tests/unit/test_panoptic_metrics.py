@@ -15,7 +15,8 @@ from raysseg.config import CocoPanopticSource
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.masks import SegmentMap, to_segment_map
 from raysseg.metrics import Metrics
-from raysseg.metrics.panoptic import PanopticQuality, count_overlaps
+from raysseg.metrics.overlaps import count_overlaps
+from raysseg.metrics.panoptic import PanopticQuality
 from raysseg.schema import ClassMap, Sample
 
 DATA = Path(os.environ.get("RAYSSEG_DATA", Path(__file__).parents[2] / "../shared/data")).resolve()
