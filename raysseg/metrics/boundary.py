@@ -56,7 +56,7 @@ def inner_boundaries(labels: IdMap, width: int, is_unknown: Mask | None = None) 
 
 def mark(labels: IdMap, is_marked: Mask) -> IdMap:
     """Some pixels become the largest value of the type."""
-    marks: IdMap = np.negative(is_marked.astype(labels.dtype))  # unsigned: 1 becomes the largest
+    marks: IdMap = np.negative(is_marked.view(np.uint8).astype(labels.dtype, copy=False))  # 1 becomes the largest
     return labels | marks
 
 

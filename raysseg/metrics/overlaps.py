@@ -56,8 +56,10 @@ def count_overlaps(first: IdMap, second: IdMap) -> Overlaps:
     is_end |= other[1:] != other[:-1]
     ends = np.append(np.flatnonzero(is_end), one.size - 1)
     # one word a run, since words sort fastest: 16 bits for either number, 32 for the length
-    runs = one[ends].astype(np.uint64) << np.uint64(48) | other[ends].astype(np.uint64) << np.uint64(32)
-    runs |= np.diff(ends, prepend=-1).astype(np.uint64)
+    runs = one.take(ends).astype(np.uint64)
+    for low, bits in ((other.take(ends), 16), (np.diff(ends, prepend=-1).view(np.uint64), 32)):
+        runs <<= np.uint64(bits)
+        runs |= low
     runs.sort()
     pairs = runs >> np.uint64(32)
     starts = np.append(0, np.flatnonzero(pairs[1:] != pairs[:-1]) + 1)
