@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -139,23 +140,36 @@ def _to_numbers(data: bytes, segment_ids: list[int], size: tuple[int, int]) -> n
             f"the panoptic PNG is {pixels.shape[1]}x{pixels.shape[0]}, the annotations file says {size[1]}x{size[0]} "
             "(width x height); pair the right files"
         )
-    red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
-    colours = red | green << 8 | blue << 16  # (H, W) segment ids
+    return number_segments(pixels, segment_ids)
+
+
+def number_segments(pixels: npt.NDArray[np.uint8], segment_ids: Sequence[int]) -> npt.NDArray[np.uint16]:
+    """1 + place of each pixel's segment, 0 for void, (H, W), of (H, W, 3) RGB.
+
+    Raises:
+        InputError: there are other segments than those named.
+    """
+    coded = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA).view("<u4").ravel()
+    # along the rows colours seldom change: looked up are runs, not pixels
+    ends = np.append(np.flatnonzero(coded[1:] != coded[:-1]), coded.size - 1)
+    lengths = np.diff(ends, prepend=-1)
+    colours = coded[ends] & np.uint32(0xFFFFFF)
     known = np.array([0, *segment_ids], np.uint32)
     order = known.argsort()
     place = np.searchsorted(known[order], colours).clip(max=len(known) - 1)
     numbers: npt.NDArray[np.uint16] = order[place].astype(np.uint16)
-    unknown = known[numbers] != colours
-    if unknown.any():
+    is_unknown = known[numbers] != colours
+    if is_unknown.any():
+        share = lengths[is_unknown].sum() / coded.size
         raise InputError(
-            f"the panoptic PNG holds segment {int(colours[unknown][0])} ({unknown.mean():.1%} of its pixels), which "
+            f"the panoptic PNG holds segment {int(colours[is_unknown][0])} ({share:.1%} of its pixels), which "
             "`segments_info` lacks; add it, or paint those pixels black (void)"
         )
-    areas = np.bincount(numbers.ravel(), minlength=len(known))
+    areas = np.bincount(numbers, lengths, len(known))
     if not areas[1:].all():
         lost = known[1:][areas[1:] == 0][0]
         raise InputError(f"the panoptic PNG has no pixel of segment {lost}; remove it from `segments_info`")
-    return numbers
+    return numbers.repeat(lengths).reshape(pixels.shape[:2])
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

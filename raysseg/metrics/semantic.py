@@ -48,7 +48,7 @@ def class_scores(confusion: Counts) -> tuple[npt.NDArray[np.float64], npt.NDArra
 def mean_iou(confusion: Counts) -> float:
     """Mean IoU over the classes that the truth holds; NaN where there is none."""
     iou, _ = class_scores(confusion)
-    return _mean(iou)
+    return mean_of_known(iou)
 
 
 class Confusion:
@@ -87,8 +87,8 @@ class Confusion:
         truth = confusion.sum(1)
         total = max(int(truth.sum()), 1)
         scores = {
-            "miou": _mean(iou),
-            "mean_dice": _mean(dice),
+            "miou": mean_of_known(iou),
+            "mean_dice": mean_of_known(dice),
             "pixel_accuracy": float(np.diagonal(confusion).sum() / total),
             "frequency_weighted_iou": float(np.nansum(truth / total * iou)),
         }
@@ -100,6 +100,7 @@ class Confusion:
         return scores | dict(per_class)
 
 
-def _mean(values: npt.NDArray[np.float64]) -> float:
+def mean_of_known(values: npt.NDArray[np.float64]) -> float:
+    """The mean of what is not NaN; NaN where nothing is left."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
