@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from raysseg.models.base import Images, Outputs, SegModel, Targets
 from raysseg.models.pretrained import MEAN, STD, read_config, read_net, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings
 from raysseg.schema import ClassMap, InputError, Task
+
+logger = logging.getLogger(__name__)
 
 # timm's backbone, whether its last stage is dilated (DC5), and the size of the rest
 SIZES: dict[str, tuple[str, bool, dict[str, int]]] = {
@@ -122,6 +125,7 @@ def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights
         detector = read_net(DetrForObjectDetection, model.weights, config, classes, [_HEAD])
         net = DetrForSegmentation(config)
         net.detr = detector
+        logger.info("weights: %s find boxes alone; the mask head is new", model.weights)
     for name, parameter in net.detr.model.backbone.named_parameters():
         parameter.requires_grad_(any(stage in name for stage in ("layer2", "layer3", "layer4")))
     return Detr(net, classes, task, class_weights)
