@@ -40,8 +40,18 @@ _SEGFORMER = Entry(
     from_scratch={"optimizer": {"lr": 6e-4, "head_lr_factor": 1.0}},
 )
 
+_DETR = Entry(
+    family="detr",
+    tasks=("panoptic", "instance", "semantic"),
+    source="Carion et al. 2020, appendix A.4, and the authors' code; the backbone at full rate from scratch",
+    defaults={"optimizer": {"lr": 1e-4, "backbone_lr_factor": 0.1, "weight_decay": 1e-4, "clip_norm": 0.1}},
+    from_scratch={"optimizer": {"backbone_lr_factor": 1.0}},
+    has_own_loss=True,
+)
+
 MODELS: dict[str, Entry] = {
     **{f"segformer-{size}": _SEGFORMER for size in ("tiny", "b0", "b1", "b2", "b3", "b4", "b5")},
+    **{f"detr-{size}": _DETR for size in ("tiny", "resnet-50", "resnet-50-dc5", "resnet-101")},
 }
 """Every model that a job can name; `tiny` ones are for tests."""
 
