@@ -554,6 +554,11 @@ class TrainJob(BaseJob):
             message = "received {task}; allowed for `model.name` {name}: {allowed}"
             context = {"key": "task", "task": self.task, "name": self.model.name, "allowed": ", ".join(entry.tasks)}
             raise PydanticCustomError("task", message, context)
+        if self.model.encoder is not None and not entry.takes_encoder:
+            takers = ", ".join(name for name, other in MODELS.items() if other.takes_encoder)
+            message = "{name} has its own; leave it out, or take one of {takers}"
+            context = {"key": "model.encoder", "name": self.model.name, "takers": takers}
+            raise PydanticCustomError("encoder", message, context)
         if entry.has_own_loss:
             takes = {"class_weights", "effective_beta"} if entry.takes_class_weights else set()
             surplus = sorted(self.loss.model_fields_set - takes)

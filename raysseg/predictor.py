@@ -74,7 +74,7 @@ def predict(
     dtype: torch.dtype,
     inference: Inference,
 ) -> list[View]:
-    """Segments images with a model in evaluation mode; images of one size go through together.
+    """Segments images with a model in evaluation mode; images of one size go through together, or all where it can.
 
     Args:
         model: on its device.
@@ -84,13 +84,17 @@ def predict(
         inference: how outputs become masks.
     """
     device = next(model.parameters()).device
-    by_size: dict[tuple[int, int], list[int]] = {}
+    together: dict[tuple[int, int] | None, list[int]] = {}
     for i, image in enumerate(images):
-        by_size.setdefault(_input_size(image, size), []).append(i)
+        together.setdefault(None if model.takes_any_sizes else _input_size(image, size), []).append(i)
     out: dict[int, View] = {}
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=_is_mixed(dtype)):
-        for input_size, places in by_size.items():
-            outputs = model(_to_tensor([images[i] for i in places], input_size, device))
+        for input_size, places in together.items():
+            chosen = [images[i] for i in places]
+            if input_size is not None:
+                outputs = model(_to_tensor(chosen, input_size, device))
+            else:
+                outputs = model([_to_tensor([image], _input_size(image, size), device)[0] for image in chosen])
             sizes = [(images[i].shape[0], images[i].shape[1]) for i in places]
             out |= zip(places, model.decode(outputs, sizes, inference), strict=True)
     return [out[i] for i in range(len(images))]
