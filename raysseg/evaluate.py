@@ -16,7 +16,7 @@ import numpy.typing as npt
 from raysseg import bundle as bundles
 from raysseg import masks, report, storage
 from raysseg.config import EvaluateJob, Inference, Precision
-from raysseg.data import read_class_map, read_index, read_samples
+from raysseg.data import read_class_map, read_index, read_predictions, read_samples
 from raysseg.data.batches import Pair, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, write_failures
 from raysseg.metrics import Metrics, State
@@ -133,7 +133,7 @@ def measure(job: EvaluateJob, classes: ClassMap) -> Evaluation:
     by_id = {example.sample_id: replace(example, score=scores[example.sample_id]) for example in examples}
     confusion = metrics.confusion()
     return Evaluation(
-        metrics=metrics.compute(),
+        metrics=metrics.compute(shared.truth.ranking),
         absent=metrics.absent(),
         confusion=confusion[:, :-1] if confusion is not None else None,
         scores=scores,
@@ -145,12 +145,13 @@ def measure(job: EvaluateJob, classes: ClassMap) -> Evaluation:
 
 def score(job: EvaluateJob, classes: ClassMap) -> dict[str, float]:
     """The numbers of an evaluate job alone."""
-    metrics, _, _ = _score(_share(job, classes))
-    return metrics.compute()
+    shared = _share(job, classes)
+    metrics, _, _ = _score(shared)
+    return metrics.compute(shared.truth.ranking)
 
 
 def _share(job: EvaluateJob, classes: ClassMap) -> _Shared:
-    return _Shared(job, classes, *_matched(job), num_shares=num_shares(job.scaling))
+    return _Shared(job, classes, *_matched(job, classes), num_shares=num_shares(job.scaling))
 
 
 def _score(shared: _Shared) -> tuple[Metrics, list[Failure], float]:
@@ -195,12 +196,12 @@ def _class_map(job: EvaluateJob) -> ClassMap:
     return classes
 
 
-def _matched(job: EvaluateJob) -> tuple[SampleIndex, SampleIndex | None]:
+def _matched(job: EvaluateJob, classes: ClassMap) -> tuple[SampleIndex, SampleIndex | None]:
     """The truth, and the predictions in the same order."""
     truth = read_index(job.data)
     if job.predictions is None:
         return truth, None
-    predictions = read_index(job.predictions)
+    predictions = read_predictions(job.predictions, truth, classes)
     place = {sample_id: row for row, sample_id in enumerate(predictions.sample_ids)}
     truth_ids = truth.sample_ids
     missing = [sample_id for sample_id in truth_ids if sample_id not in place]
@@ -278,6 +279,8 @@ def _beside(pair: Pair | Failure, sample: Sample | Failure, shared: _Shared) -> 
             raise InputError(sample.reason)
         prediction = masks.to_view(sample, shared.classes, shared.job.task)
         (height, width), (true_height, true_width) = masks.size_of(prediction), masks.size_of(pair.truth)
+        if isinstance(prediction, masks.MaskSet) and prediction.scores is None and len(prediction):
+            raise InputError(f"{pair.sample_id}: its annotations lack a `score`, which ranks them; give each one")
         if (height, width) != (true_height, true_width):
             raise InputError(
                 f"{pair.sample_id}: the prediction is {width}x{height}, the truth {true_width}x{true_height} "

@@ -127,7 +127,7 @@ def to_dense(sample: Sample, classes: ClassMap) -> LabelMap:
 
 
 def to_instances(sample: Sample, classes: ClassMap) -> MaskSet:
-    """The instance view of a sample: its things, crowds among them; empty masks are left out.
+    """The instance view of a sample: its things, crowds among them, and empty masks, which scores count too.
 
     Raises:
         InputError: the sample has no instances to tell apart, a label can't be read, or holds unknown ids.
@@ -147,17 +147,13 @@ def to_instances(sample: Sample, classes: ClassMap) -> MaskSet:
         else:
             size = (sample.height, sample.width)
             found = [segment.rle or b"" for _, segment, _ in things]
-        is_kept = [rle.area(rle.to_runs(encoded, size)) > 0 for encoded in found]
-    kept = [
-        (encoded, segment, index)
-        for encoded, (_, segment, index), keep in zip(found, things, is_kept, strict=True)
-        if keep
-    ]
-    segments = [segment for _, segment, _ in kept]
+            for encoded in found:
+                rle.to_runs(encoded, size)  # whether it fits
+    segments = [segment for _, segment, _ in things]
     return MaskSet(
         size=size,
-        rles=tuple(encoded for encoded, _, _ in kept),
-        class_ids=np.array([index for _, _, index in kept], np.int64),
+        rles=tuple(found),
+        class_ids=np.array([index for _, _, index in things], np.int64),
         is_crowd=np.array([segment.is_crowd for segment in segments], np.bool_),
         scores=_known([segment.score for segment in segments]),
         areas=_known([segment.area for segment in segments]),

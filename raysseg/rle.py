@@ -1,12 +1,14 @@
 """COCO's run-length encoding: lengths of runs down the columns, the first of background; compressed to text.
 
-pycocotools encodes and rasterises. Decoding is our own, since pycocotools reads beyond its memory where an RLE falls
-short of its image, and since painting needs the runs alone.
+pycocotools rasterises. Decoding is our own, since pycocotools reads beyond its memory where an RLE falls short of its
+image, and since painting needs the runs alone; so is encoding, which pycocotools does from masks turned to columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ from pycocotools import mask as coco_mask
 
 from raysseg.schema import InputError
 
+Pixel = TypeVar("Pixel", np.integer, np.bool_)
 Runs = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 """(H, W)."""
@@ -21,8 +24,58 @@ Mask = npt.NDArray[np.bool_]
 
 def from_mask(mask: Mask) -> bytes:
     """Compresses a mask, (H, W)."""
-    counts: bytes = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]
-    return counts
+    return from_masks(mask[None])[0]
+
+
+def from_masks(masks: npt.NDArray[np.bool_] | Sequence[Mask]) -> list[bytes]:
+    """Compresses masks of one size, (N, H, W): the bytes of pycocotools, without turning the masks' axes first."""
+    if not len(masks):
+        return []
+    changes = np.zeros(-(-masks[0].size // 8) * 8, np.bool_)  # of one mask after the other, in whole words
+    edges = [_edges(np.ascontiguousarray(mask, np.bool_), changes) for mask in masks]
+    ends = np.array([len(found) for found in edges]).cumsum()
+    places = np.concatenate(edges)
+    runs = np.diff(places, prepend=0)
+    is_first = np.zeros(len(runs), np.bool_)
+    is_first[ends[:-1]] = True
+    runs[is_first] = places[is_first]
+    return _compress(runs, ends)
+
+
+def _edges(mask: Mask, changes: Mask) -> Runs:
+    """Where the runs of a mask end, counted down the columns; the last one ends with the image."""
+    height, width = mask.shape
+    rows = changes[: mask.size].reshape(height, width)
+    rows[0, 0] = mask[0, 0]
+    np.bitwise_xor(mask[0, 1:], mask[-1, :-1], out=rows[0, 1:])  # a column goes on from the foot of the last one
+    np.bitwise_xor(mask[1:], mask[:-1], out=rows[1:])
+    words = np.flatnonzero(changes.view(np.uint64) != 0)  # most runs of 8 pixels hold no change
+    found = np.flatnonzero(changes.reshape(-1, 8)[words])
+    places = words[found >> 3] * 8 + (found & 7)
+    row = places // width
+    edges = np.append((places - row * width) * height + row, mask.size)
+    edges.sort()
+    return edges
+
+
+def _compress(runs: Runs, ends: npt.NDArray[np.int64]) -> list[bytes]:
+    """The text of runs that stand one mask after the other; `ends` are the numbers of runs up to each mask's last."""
+    place = np.arange(len(runs)) - np.repeat(np.append(0, ends[:-1]), np.diff(ends, prepend=0))
+    numbers = runs.copy()
+    numbers[2:] -= np.where(place[2:] > 2, runs[:-2], 0)
+    size = np.where(numbers < 0, ~numbers, numbers)
+    lengths = np.searchsorted(_ROOM, size, side="right") + 1  # parts of five bits, the sign in the last one's highest
+    stops = lengths.cumsum()
+    part = np.arange(stops[-1]) - (stops - lengths).repeat(lengths)
+    text = (numbers.repeat(lengths) >> (5 * part)) & 31
+    text += 80  # 48, and 32 where more parts follow
+    text[stops - 1] -= 32
+    written = text.astype(np.uint8).tobytes()
+    return [written[start:stop] for start, stop in pairwise([0, *stops[ends - 1].tolist()])]
+
+
+_ROOM = 1 << np.arange(4, 64, 5)
+"""What a number must fall short of, to fit in 1, 2, 3, ... parts."""
 
 
 def from_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bytes:
@@ -79,6 +132,23 @@ def to_mask(runs: Runs, size: tuple[int, int]) -> Mask:
     return mask
 
 
+def to_crop(runs: Runs, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
+    """A mask within its bounding box, its axes turned, (w, h), and the box's first column and row in the image.
+
+    The runs fill an image of this (height, width), and have some foreground.
+    """
+    height = size[0]
+    edges = runs.cumsum()
+    first, last = edges[:-1:2], edges[1::2] - 1  # pixels of each run of the foreground
+    left, right = int(first[0] // height), int(last[-1] // height)
+    whole: Mask = np.zeros((right + 1 - left) * height, np.bool_)
+    window, is_foreground = _foreground(whole, np.append(runs[0] - left * height, runs[1:]))
+    window[:] = is_foreground
+    is_split = (first // height != last // height).any()  # from the foot of a column to the head of the next
+    top, bottom = (0, height - 1) if is_split else (int((first % height).min()), int((last % height).max()))
+    return whole.reshape(-1, height)[:, top : bottom + 1], (left, top)
+
+
 def paint(pixels: npt.NDArray[np.integer], runs: Runs, value: int) -> None:
     """Gives the foreground of runs a value, in an image that lies down the columns, (W * H,)."""
     window, is_foreground = _foreground(pixels, runs)
@@ -91,7 +161,7 @@ def is_painted(pixels: npt.NDArray[np.integer], runs: Runs) -> bool:
     return bool(window[is_foreground].any())
 
 
-def _foreground(pixels: npt.NDArray[np.integer], runs: Runs) -> tuple[npt.NDArray[np.integer], Mask]:
+def _foreground(pixels: npt.NDArray[Pixel], runs: Runs) -> tuple[npt.NDArray[Pixel], Mask]:
     """The pixels from the first of the foreground to the last, and which of them belong to it."""
     spans = runs[1 : len(runs) // 2 * 2]
     is_foreground: Mask = (np.arange(len(spans)) % 2 == 0).repeat(spans)

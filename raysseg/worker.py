@@ -176,7 +176,7 @@ def _validate(
         dist.all_gather_object(states, metrics.state())
         for state in states:
             metrics.merge(state)
-    return {f"val/{name}": value for name, value in metrics.compute().items()}, failures
+    return {f"val/{name}": value for name, value in metrics.compute(plan.val.ranking).items()}, failures
 
 
 class _Skipped:

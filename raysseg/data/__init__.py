@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from raysseg.config import AnySource, MasksSource
+from raysseg.config import AnySource, CocoSource, MasksSource
 from raysseg.data import coco, coco_panoptic, huggingface, masks, shards, yolo
 from raysseg.data.classes import build_class_map
 from raysseg.data.index import Failure, Format, SampleIndex, Writer
@@ -34,6 +34,11 @@ def read_index(source: AnySource) -> SampleIndex:
         StorageError: it can't be reached.
     """
     return FORMATS[source.format].read_index(source)
+
+
+def read_predictions(source: AnySource, truth: SampleIndex, classes: ClassMap) -> SampleIndex:
+    """Lists stored predictions of a ground truth; COCO results take its samples over, see coco.read_predictions."""
+    return coco.read_predictions(source, truth, classes) if isinstance(source, CocoSource) else read_index(source)
 
 
 def read_samples(index: SampleIndex, *, with_images: bool = True) -> list[Sample | Failure]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -52,6 +52,8 @@ class _Annotation(msgspec.Struct):
     id: int = 0
     iscrowd: int = 0
     score: float | None = None
+    area: float | None = None
+    bbox: list[float] | None = None
 
 
 class _Content(msgspec.Struct):
@@ -60,14 +62,14 @@ class _Content(msgspec.Struct):
     categories: list[CocoCategory]
 
 
-class _Box(msgspec.Struct):
+class _Result(msgspec.Struct):
+    """An entry of COCO results, which are a list of these and nothing else."""
+
     image_id: int
+    category_id: int
+    score: float
+    segmentation: msgspec.Raw = msgspec.Raw(b"")
     bbox: list[float] | None = None
-
-
-class _Boxes(msgspec.Struct):
-    images: list[CocoImage]
-    annotations: list[_Box]
 
 
 class _Categories(msgspec.Struct):
@@ -96,7 +98,10 @@ def read_index(source: CocoSource) -> SampleIndex:
         InputError: the file is no COCO instances file, an annotation has no image or no category, or two images would
             share a sample id.
     """
-    content = read_json(source.annotations, _Content)
+    return _to_index(source, read_json(source.annotations, _Content))
+
+
+def _to_index(source: CocoSource, content: _Content) -> SampleIndex:
     images, annotations = content.images, content.annotations
     sample_ids = to_sample_ids(source.annotations, images)
     rows = find_rows(source.annotations, images, [annotation.image_id for annotation in annotations])
@@ -107,38 +112,91 @@ def read_index(source: CocoSource) -> SampleIndex:
                 f"{source.annotations}: annotation {annotation.id} has category_id {annotation.category_id}, which is "
                 "none of `categories`; add the category, or remove the annotation"
             )
-    order = np.argsort(rows, kind="stable")
-    values = pa.table(
-        {
-            "id": pa.array([a.id for a in annotations], pa.int64()),
-            "class_id": pa.array([a.category_id for a in annotations], pa.int32()),
-            "is_crowd": pa.array([bool(a.iscrowd) for a in annotations], pa.bool_()),
-            "score": pa.array([a.score for a in annotations], pa.float32()),
-            "segmentation": pa.array([bytes(a.segmentation) for a in annotations], pa.large_binary()),
-        }
-    ).take(pa.array(order))
     references = pa.table(
         {
             "sample_id": pa.array(sample_ids, pa.string()),
+            "image_id": pa.array([image.id for image in images], pa.int64()),
             "image": pa.array([image.file_name for image in images], pa.string()),
             "height": pa.array([image.height for image in images], pa.int32()),
             "width": pa.array([image.width for image in images], pa.int32()),
-            "annotations": to_lists(values, rows, len(images)),
+            "annotations": _to_column(annotations, rows, len(images)),
         }
     )
     return SampleIndex(source, references, np.arange(len(images), dtype=np.int64))
 
 
-def read_boxes(source: CocoSource) -> pa.Array:
-    """The `bbox` of every annotation, as x, y, width, height, in lists as `annotations` of the index has them.
+def _to_column(annotations: Sequence[_Annotation], rows: npt.NDArray[np.int64], num_rows: int) -> pa.Array:
+    """Annotations as one list a sample; `rows` are their samples' places."""
+    boxes = [a.bbox if a.bbox is not None and len(a.bbox) == 4 else None for a in annotations]
+    values = pa.table(
+        {
+            "id": pa.array([a.id for a in annotations], pa.int64()),
+            "class_id": pa.array([a.category_id for a in annotations], pa.int32()),
+            "is_crowd": pa.array([bool(a.iscrowd) for a in annotations], pa.bool_()),
+            "score": pa.array([a.score for a in annotations], pa.float64()),
+            "segmentation": pa.array([bytes(a.segmentation) for a in annotations], pa.large_binary()),
+            "area": pa.array([a.area for a in annotations], pa.float64()),
+            "box": pa.array(boxes, pa.list_(pa.float64(), 4)),
+        }
+    )
+    return to_lists(values.take(pa.array(np.argsort(rows, kind="stable"))), rows, num_rows)
 
-    Training needs none of them, so that they are no part of the index; NaN where an annotation has none.
+
+def read_predictions(source: CocoSource, truth: SampleIndex, classes: ClassMap) -> SampleIndex:
+    """Reads a data set whose annotations carry scores, or COCO results.
+
+    Results have the samples of the truth, in its order; where there is none, nothing was detected.
+
+    Args:
+        source: of either.
+        truth: the samples that results are of.
+        classes: whose ids they have.
+
+    Raises:
+        InputError: as read_index; or a result is of an image or a category that the truth lacks.
     """
-    content = read_json(source.annotations, _Boxes)
-    rows = find_rows(source.annotations, content.images, [a.image_id for a in content.annotations])
-    boxes = [a.bbox if a.bbox is not None and len(a.bbox) == 4 else [np.nan] * 4 for a in content.annotations]
-    columns = np.array(boxes, np.float64).reshape(-1, 4)[np.argsort(rows, kind="stable")].T
-    return to_lists(pa.table(dict(zip("xywh", columns, strict=True))), rows, len(content.images))
+    content = read_json(source.annotations, cast("type[_Content | list[_Result]]", _Content | list[_Result]))
+    if isinstance(content, _Content):
+        return _to_index(source, content)
+    if "image_id" not in truth.references.column_names:
+        raise InputError(
+            f"{source.annotations}: holds COCO results, which name images by `id`, but `data` of format "
+            f"{truth.source.format!r} has none; give `data` as coco, or predictions with `images` of their own"
+        )
+    place = {image_id: row for row, image_id in enumerate(truth.references["image_id"].to_pylist())}
+    categories = {*classes.index_of, *classes.dropped}
+    annotations = []
+    for number, result in enumerate(content, 1):
+        try:
+            if result.image_id not in place:
+                raise InputError(f"has image_id {result.image_id}, which is none of the ground truth's `images`")
+            if result.category_id not in categories:
+                raise InputError(f"has category_id {result.category_id}, which is none of the ground truth's")
+            annotations.append(_to_annotation(number, result))
+        except InputError as error:
+            raise InputError(f"{source.annotations}: result {number} {error}; mend or remove it") from error
+    rows = np.array([place[result.image_id] for result in content], np.int64)
+    column = truth.references.schema.get_field_index("annotations")
+    lists = _to_column(annotations, rows, len(truth))
+    return SampleIndex(source, truth.references.set_column(column, "annotations", lists), truth.groups)
+
+
+def _to_annotation(number: int, result: _Result) -> _Annotation:
+    """As pycocotools completes a result: a box, if there is one, gives the area, and the mask where there is none."""
+    segmentation, area = result.segmentation, None
+    if result.bbox:
+        if len(result.bbox) != 4:
+            raise InputError(f"has a bbox of {len(result.bbox)} numbers; allowed: x, y, width, height")
+        x, y, width, height = result.bbox
+        area = width * height
+        if not bytes(segmentation):
+            corners = [x, y, x, y + height, x + width, y + height, x + width, y]
+            segmentation = msgspec.Raw(msgspec.json.encode([corners]))
+    elif not bytes(segmentation):
+        raise InputError("has neither a segmentation nor a bbox")
+    return _Annotation(
+        result.image_id, result.category_id, segmentation, number, score=result.score, area=area, bbox=result.bbox
+    )
 
 
 def read_samples(source: CocoSource, references: pa.Table, *, with_images: bool) -> list[Sample | Failure]:
@@ -158,7 +216,10 @@ def _to_segment(annotation: dict[str, Any], size: tuple[int, int]) -> Segment:
         encoded = to_rle(annotation["segmentation"], size)
     except InputError as error:
         raise InputError(f"annotation {annotation['id']} {error}") from error
-    return Segment(annotation["class_id"], annotation["is_crowd"], annotation["score"], encoded)
+    box = tuple(annotation["box"]) if annotation["box"] is not None else None
+    return Segment(
+        annotation["class_id"], annotation["is_crowd"], annotation["score"], encoded, annotation["area"], box
+    )
 
 
 _as_segmentation = msgspec.json.Decoder(list[list[float]] | dict[str, Any]).decode
@@ -234,8 +295,8 @@ def _to_annotations(sample: Sample) -> Iterator[dict[str, Any]]:
         yield {
             "category_id": segment.class_id,
             "segmentation": {"size": size, "counts": encoded.decode()},
-            "area": int(coco_mask.area(compressed)),
-            "bbox": coco_mask.toBbox(compressed).tolist(),
+            "area": int(coco_mask.area(compressed)) if segment.area is None else segment.area,
+            "bbox": coco_mask.toBbox(compressed).tolist() if segment.box is None else segment.box,
             "iscrowd": int(segment.is_crowd),
         } | ({} if segment.score is None else {"score": segment.score})
 

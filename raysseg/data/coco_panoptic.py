@@ -93,7 +93,7 @@ def read_index(source: CocoPanopticSource) -> SampleIndex:
             "id": pa.array([s.id for _, s in segments], pa.int64()),
             "class_id": pa.array([s.category_id for _, s in segments], pa.int32()),
             "is_crowd": pa.array([bool(s.iscrowd) for _, s in segments], pa.bool_()),
-            "score": pa.array([s.score for _, s in segments], pa.float32()),
+            "score": pa.array([s.score for _, s in segments], pa.float64()),
         }
     )
     references = pa.table(

@@ -52,6 +52,15 @@ class SampleIndex:
         return names
 
     @property
+    def ranking(self) -> list[str]:
+        """Names in the order in which ties are broken: of COCO's image ids, as its own tools have it; else sorted."""
+        if "image_id" not in self.references.column_names:
+            return sorted(self.sample_ids)
+        order = self.references["image_id"].to_numpy().argsort(kind="stable")
+        names: list[str] = self.references["sample_id"].take(pa.array(order)).to_pylist()
+        return names
+
+    @property
     def fingerprint(self) -> str:
         """Changes with the names of the samples, their order, and how they are grouped."""
         digest = hashlib.sha256("\n".join(self.sample_ids).encode())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,14 @@ SAMPLE_SCHEMA = pa.schema(
             "segments",
             pa.list_(
                 pa.struct(
-                    [("class_id", pa.int32()), ("is_crowd", pa.bool_()), ("score", pa.float32()), ("rle", pa.binary())]
+                    [
+                        ("class_id", pa.int32()),
+                        ("is_crowd", pa.bool_()),
+                        ("score", pa.float64()),
+                        ("rle", pa.binary()),
+                        ("area", pa.float64()),
+                        ("box", pa.list_(pa.float64())),
+                    ]
                 )
             ),
         ),
@@ -83,11 +91,16 @@ def read_samples(source: ShardsSource, references: pa.Table, *, with_images: boo
 
 
 def to_sample(table: pa.Table, row: int) -> Sample:
-    """One row of a table of SAMPLE_SCHEMA."""
+    """One row of a table of SAMPLE_SCHEMA; shards that are older than a segment's `area` and `box` lack these."""
     values = table.slice(row, 1).to_pylist()[0]
     if values["segments"] is not None:
-        values["segments"] = tuple(Segment(**segment) for segment in values["segments"])
+        values["segments"] = tuple(_to_segment(segment) for segment in values["segments"])
     return Sample(**{"image": None, **values})
+
+
+def _to_segment(values: dict[str, Any]) -> Segment:
+    box = values.get("box")
+    return Segment(**{**values, "box": tuple(box) if box is not None else None})
 
 
 def to_table(samples: Sequence[Sample]) -> pa.Table:

@@ -16,15 +16,12 @@ from raysseg import masks, rle
 from raysseg.data.decode import Pixels, decode_image
 from raysseg.data.files import decode_head
 from raysseg.findings.shapes import REGION, Bits, Regions, component_areas, measure_region, measure_shift
-from raysseg.schema import ClassMap, InputError, Sample
+from raysseg.schema import ClassMap, InputError, Sample, Segment
 
 _HASH_SIDE = 16  # of the square of DCT coefficients whose signs are the perceptual hash
 HASH_BITS = _HASH_SIDE**2
 _BOX_SLACK = 3.0  # pixels by which a box's side may miss its mask: polygons round, and some tools count from 1
 _BOX_SHARE = 0.05  # of the mask's larger side, likewise
-
-Boxes = npt.NDArray[np.float64]
-"""(N, 4) x, y, width, height as COCO has them; NaN where an annotation has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +86,7 @@ class SampleFacts:
 
 
 def to_facts(
-    sample: Sample, split: str, row: int, classes: ClassMap | None, boxes: Boxes | None, earlier: Sequence[Problem] = ()
+    sample: Sample, split: str, row: int, classes: ClassMap | None, earlier: Sequence[Problem] = ()
 ) -> SampleFacts:
     """Looks at one sample.
 
@@ -98,7 +95,6 @@ def to_facts(
         split: its split.
         row: its place in the split's index.
         classes: the class list, which masks of colours need; None: label images are ids.
-        boxes: of its segments, where the format has any.
         earlier: what reading it has brought up.
     """
     problems = list(earlier)
@@ -118,7 +114,7 @@ def to_facts(
         if image is not None:
             problems += _size_problems(image.shape[:2], ids.shape[:2], orientation)
         labels = _to_labels(sample, ids, image, classes)
-        problems += _box_problems(labels.regions, boxes)
+        problems += _box_problems(labels.regions, sample.segments or ())
     return SampleFacts(
         split,
         row,
@@ -156,12 +152,11 @@ def _size_problems(image: tuple[int, ...], mask: tuple[int, ...], orientation: i
         yield Problem("size_mismatch", shown)
 
 
-def _box_problems(regions: Regions, boxes: Boxes | None) -> Iterator[Problem]:
-    if boxes is None or len(boxes) != len(regions):
-        return
-    for region, (x, y, width, height) in zip(regions, boxes, strict=True):
-        if not region["area"] or np.isnan(x):
+def _box_problems(regions: Regions, segments: Sequence[Segment]) -> Iterator[Problem]:
+    for region, segment in zip(regions, segments, strict=bool(segments)):
+        if not region["area"] or segment.box is None:
             continue
+        x, y, width, height = segment.box
         true = region["box"].astype(np.float64)  # x0, y0, x1, y1
         off = float(np.abs(np.array([x, y, x + width, y + height]) - true).max())
         larger = max(true[2] - true[0], true[3] - true[1])

@@ -37,7 +37,7 @@ def iter_shots(task: Task, wanted: Sequence[Wanted]) -> Iterator[Shot]:
     """Draws samples, those of which anything can be shown."""
     assert task.classes is not None, "colours are those of classes"
     for item in wanted:
-        ((sample, _, _),) = read(task.indices[item.split].take(np.array([item.row])))
+        ((sample, _),) = read(task.indices[item.split].take(np.array([item.row])))
         if (pixels := draw(sample, task.classes, item.segments)) is not None:
             size = (pixels.shape[1], pixels.shape[0])
             yield Shot(item, Picture(sample.sample_id, to_data_uri(pixels), size))

@@ -13,11 +13,11 @@ from raysseg import storage
 from raysseg.config import AnySource, CocoSource, YoloSource
 from raysseg.data import read_index, read_samples
 from raysseg.data.batches import read_ahead
-from raysseg.data.coco import read_boxes, to_rle
+from raysseg.data.coco import to_rle
 from raysseg.data.decode import decode_image
 from raysseg.data.files import read_file
 from raysseg.data.index import Failure, SampleIndex
-from raysseg.findings.facts import Boxes, Problem, SampleFacts, to_facts
+from raysseg.findings.facts import Problem, SampleFacts, to_facts
 from raysseg.findings.store import Block, pack
 from raysseg.schema import ClassMap, InputError, Sample
 
@@ -42,26 +42,23 @@ class Task:
 
 
 def open_index(source: AnySource) -> SampleIndex:
-    """The index of a source that leaves nothing unsaid: bad samples are its failures, and boxes a column of it."""
-    index = read_index(source.model_copy(update={"on_error": "skip"}))
-    if isinstance(source, CocoSource):
-        return replace(index, references=index.references.append_column("boxes", read_boxes(source)))
-    return index
+    """The index of a source that leaves nothing unsaid: bad samples are its failures."""
+    return read_index(source.model_copy(update={"on_error": "skip"}))
 
 
 def iter_share(task: Task, share: int) -> Iterator[Block]:
     """The facts of every so-manieth chunk; the next one is read meanwhile."""
     chunks = task.chunks[share :: task.num_shares]
 
-    def load(number: int) -> list[tuple[Sample, Boxes | None, list[Problem]]]:
+    def load(number: int) -> list[tuple[Sample, list[Problem]]]:
         name, start = chunks[number]
         index = task.indices[name]
         return read(index.take(np.arange(start, min(start + ROWS, len(index)))))
 
     for (name, start), samples in zip(chunks, read_ahead(load, range(len(chunks)), threads=1), strict=True):
         facts = [
-            to_facts(sample, name, start + place, task.classes, boxes, problems)
-            for place, (sample, boxes, problems) in enumerate(samples)
+            to_facts(sample, name, start + place, task.classes, problems)
+            for place, (sample, problems) in enumerate(samples)
         ]
         yield pack(name, start, facts)
 
@@ -73,26 +70,15 @@ def unpaired(name: str, index: SampleIndex) -> Block:
     return pack(name, -1, facts)
 
 
-def read(part: SampleIndex) -> list[tuple[Sample, Boxes | None, list[Problem]]]:
-    """Some samples, their boxes where the format has any, and what is wrong with reading them."""
-    found = []
-    for row, sample in enumerate(read_samples(part)):
-        single = part.take(np.array([row]))
-        problems: list[Problem] = []
-        if isinstance(sample, Failure):
-            single, sample, problems = _read_rest(single, sample)
-        found.append((sample, _to_boxes(single.references), problems))
-    return found
+def read(part: SampleIndex) -> list[tuple[Sample, list[Problem]]]:
+    """Some samples, and what is wrong with reading them."""
+    return [
+        _read_rest(part.take(np.array([row])), sample) if isinstance(sample, Failure) else (sample, [])
+        for row, sample in enumerate(read_samples(part))
+    ]
 
 
-def _to_boxes(references: pa.Table) -> Boxes | None:
-    if "boxes" not in references.column_names:
-        return None
-    boxes = references["boxes"][0].values
-    return np.stack([boxes.field(side).to_numpy(zero_copy_only=False) for side in range(4)], axis=1)
-
-
-def _read_rest(single: SampleIndex, failure: Failure) -> tuple[SampleIndex, Sample, list[Problem]]:
+def _read_rest(single: SampleIndex, failure: Failure) -> tuple[Sample, list[Problem]]:
     """What can be read of a sample that a reader refuses, and why it does."""
     row: dict[str, Any] = single.references.to_pylist()[0]
     problems = list(_missing_files(single.source, row))
@@ -102,11 +88,11 @@ def _read_rest(single: SampleIndex, failure: Failure) -> tuple[SampleIndex, Samp
         problems += refused
         (again,) = read_samples(single, with_images=has_image)
         if isinstance(again, Sample):
-            return single, again, problems
+            return again, problems
     image = _read_image(single.source, row) if has_image else None
     if not problems:
         problems = [Problem(_kind_of(single.source, image), failure.reason)]
-    return single, Sample(failure.sample_id, image, 0, 0, None), problems
+    return Sample(failure.sample_id, image, 0, 0, None), problems
 
 
 def _missing_files(source: AnySource, row: Mapping[str, Any]) -> Iterator[Problem]:
@@ -119,18 +105,15 @@ def _missing_files(source: AnySource, row: Mapping[str, Any]) -> Iterator[Proble
 def _without_invalid(single: SampleIndex, row: Mapping[str, Any]) -> tuple[SampleIndex, list[Problem]]:
     """A COCO sample less the annotations that can't be read."""
     size, problems, kept = (row["height"], row["width"]), [], []
-    for place, annotation in enumerate(row["annotations"]):
+    for annotation in row["annotations"]:
         try:
             to_rle(annotation["segmentation"], size)
-            kept.append(place)
+            kept.append(annotation)
         except InputError as error:
             problems.append(Problem("invalid_segmentation", f"annotation {annotation['id']} {error}"))
-    references = single.references
-    for name in ("annotations", "boxes"):
-        column = references.schema.get_field_index(name)
-        values = pa.array([[row[name][place] for place in kept]], references.schema.field(name).type)
-        references = references.set_column(column, name, values)
-    return replace(single, references=references), problems
+    column = single.references.schema.get_field_index("annotations")
+    values = pa.array([kept], single.references.schema.field("annotations").type)
+    return replace(single, references=single.references.set_column(column, "annotations", values)), problems
 
 
 def _read_image(source: AnySource, row: Mapping[str, Any]) -> bytes | None:

@@ -31,7 +31,10 @@ class Measure(Protocol):
         """One sample alone, in [0, 1], to tell good ones from bad; NaN where there is nothing to score."""
 
     def compute(self, records: Sequence[bytes]) -> dict[str, float]:
-        """The numbers of a data set by name; NaN for a class that the truth lacks. Of no records: the same names."""
+        """The numbers of a data set by name; NaN for a class that the truth lacks. Of no records: the same names.
+
+        The order of the records may break ties, and changes nothing else.
+        """
 
     def absent(self, records: Sequence[bytes]) -> list[str]:
         """Classes without ground truth, which the means leave out."""
@@ -94,11 +97,17 @@ class Metrics:
         """Each sample's own score."""
         return {sample_id: self._measures[0].score(records[0]) for sample_id, records in self._records.items()}
 
-    def compute(self) -> dict[str, float]:
-        """The numbers, by name."""
+    def compute(self, ranking: Sequence[str] | None = None) -> dict[str, float]:
+        """The numbers, by name.
+
+        Args:
+            ranking: all sample ids, in the order in which ties between samples are broken; None: sorted.
+        """
+        sample_ids = sorted(self._records) if ranking is None else [i for i in ranking if i in self._records]
+        assert len(sample_ids) == len(self._records), "the ranking names every sample"
         found: dict[str, float] = {}
         for i, measure in enumerate(self._measures):
-            found |= measure.compute(self._by(i))
+            found |= measure.compute([self._records[sample_id][i] for sample_id in sample_ids])
         return found
 
     def absent(self) -> list[str]:

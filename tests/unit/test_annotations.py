@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -241,16 +243,16 @@ def test_instances_seen_as_semantic(tmp_path: Path) -> None:
     assert np.array_equal(masks.to_dense(sample, few).labels, np.where(big, 1, 0))
 
 
-def test_instance_view_keeps_overlaps_crowds_and_scores_and_leaves_empty_masks_out(tmp_path: Path) -> None:
+def test_instance_view_keeps_overlaps_crowds_scores_and_empty_masks(tmp_path: Path) -> None:
     source = write_coco(tmp_path, EVERY_KIND)
     classes = classes_of(source)
     (sample, empty) = samples_of(source)
     found = masks.to_instances(sample, classes)
     peer = COCO(source.annotations)
-    expected = [peer.annToMask(entry).astype(bool) for entry in EVERY_KIND if entry["id"] != 4]
+    expected = [peer.annToMask(entry).astype(bool) for entry in EVERY_KIND]
     assert np.array_equal(found.masks, np.stack(expected))
-    assert found.class_ids.tolist() == [classes.ids.index(e["category_id"]) for e in EVERY_KIND if e["id"] != 4]
-    assert found.is_crowd.tolist() == [False, False, False, True, False]
+    assert found.class_ids.tolist() == [classes.ids.index(e["category_id"]) for e in EVERY_KIND]
+    assert found.is_crowd.tolist() == [False, False, False, False, True, False]
     assert found.scores is None
     assert masks.to_instances(empty, classes).masks.shape == (0, *SIZE)
     scored = Sample("a", None, *SIZE, None, (Segment(17, False, 0.25, encode(CROWD)),))
@@ -364,7 +366,7 @@ def test_classes_merge_rename_and_drop(tmp_path: Path) -> None:
     pets = {"id": 1, "name": "pet", "from": ["cat", 17]}
     classes = classes_of(source, write_list(tmp_path, classes=[pets]))
     assert (classes.ids, classes.sources, classes.dropped, classes.things) == ((1,), ((3, 17),), (90,), (True,))
-    assert masks.to_instances(samples_of(source)[0], classes).class_ids.tolist() == [0, 0, 0, 0]
+    assert masks.to_instances(samples_of(source)[0], classes).class_ids.tolist() == [0, 0, 0, 0, 0]
     named = classes_of(source, ["dog", "cat"])
     assert (named.ids, named.names, named.dropped) == ((17, 3), ("dog", "cat"), (90,))
 
@@ -510,16 +512,42 @@ def coco_source(folder: Path) -> CocoSource:
 
 
 def test_instances_come_through_shards_and_back_to_the_bit(tmp_path: Path) -> None:
-    source = write_coco(tmp_path / "in", EVERY_KIND)
+    own = {"area": 80.1, "bbox": [2.5, 2.5, 9.5, 12.1], "score": 0.1}  # none of them is a float32
+    source = write_coco(tmp_path / "in", [EVERY_KIND[0] | own, *EVERY_KIND[1:]])
+    shards = ShardsSource(format="shards", uri=f"{tmp_path}/shards")
     assert convert(source, tmp_path / "shards", "shards").lost == 0
-    assert convert(ShardsSource(format="shards", uri=f"{tmp_path}/shards"), tmp_path / "coco", "coco").lost == 0
+    assert convert(shards, tmp_path / "coco", "coco").lost == 0
     back = coco_source(tmp_path / "coco")
-    assert samples_of(back, with_images=True) == samples_of(source, with_images=True)
+    before = samples_of(source, with_images=True)
+    assert samples_of(shards, with_images=True) == before
+    assert before[0].segments is not None
+    assert before[0].segments[0].area == 80.1
+    assert before[0].segments[0].box == (2.5, 2.5, 9.5, 12.1)
+    after = samples_of(back, with_images=True)
+    assert [(s.sample_id, s.image, s.height, s.width) for s in after] == [
+        (s.sample_id, s.image, s.height, s.width) for s in before
+    ]
     assert classes_of(back) == classes_of(source)
     peer = COCO(back.annotations)
     for number, entry in peer.anns.items():
-        assert np.array_equal(peer.annToMask(entry), COCO(source.annotations).annToMask(EVERY_KIND[number - 1]))
-        assert entry["area"] == peer.annToMask(entry).sum()
+        mask = peer.annToMask(entry)
+        assert np.array_equal(mask, COCO(source.annotations).annToMask(EVERY_KIND[number - 1]))
+        stated = own if number == 1 else {"area": mask.sum(), "bbox": coco_mask.toBbox(peer.annToRLE(entry)).tolist()}
+        assert {key: entry[key] for key in stated} == stated
+
+
+def test_shards_without_areas_and_boxes_are_still_read(tmp_path: Path) -> None:
+    source = write_coco(tmp_path / "in", EVERY_KIND)
+    uri = convert(source, tmp_path / "shards", "shards").uri
+    (path,) = Path(uri).glob("shard-*.parquet")
+    table = pq.read_table(path)
+    old = table.schema.field("segments").type.value_type
+    fields = [f for f in old if f.name in ("class_id", "is_crowd", "rle")] + [pa.field("score", pa.float32())]
+    rows = table.to_pylist()
+    segments = [[{f.name: entry[f.name] for f in fields} for entry in row["segments"]] for row in rows]
+    column = pa.array(segments, pa.list_(pa.struct(fields)))
+    pq.write_table(table.set_column(table.schema.get_field_index("segments"), "segments", column), path)
+    assert samples_of(ShardsSource(format="shards", uri=uri), with_images=True) == samples_of(source, with_images=True)
 
 
 def test_panoptic_comes_through_shards_and_back_to_the_bit(example: Path, tmp_path: Path) -> None:

@@ -228,4 +228,4 @@ def write_pair(folder: Path, stem: str, image: np.ndarray, ids: np.ndarray) -> N
 def facts_of(ids: np.ndarray, split: str, row: int, image: np.ndarray | None = None) -> SampleFacts:
     data = io.BytesIO()
     Image.fromarray(np.zeros((*ids.shape, 3), np.uint8) if image is None else image).save(data, "PNG")
-    return to_facts(Sample(str(row), data.getvalue(), 0, 0, encode_id_map(ids)), split, row, CLASSES, None)
+    return to_facts(Sample(str(row), data.getvalue(), 0, 0, encode_id_map(ids)), split, row, CLASSES)
