@@ -20,7 +20,7 @@ from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.batches import Pair, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, write_failures
 from raysseg.metrics import Metrics, State
-from raysseg.predictor import Predicted, Predictor, predict_pairs
+from raysseg.predictor import Predicted, Predictor, predict_pairs, resolve_inference
 from raysseg.runtime import num_shares, spread
 from raysseg.schema import ClassMap, InputError, Sample
 
@@ -125,6 +125,9 @@ def measure(job: EvaluateJob, classes: ClassMap) -> Evaluation:
 
     Batches are fixed by the index, and counts are whole numbers: they are the same for any number of workers.
     """
+    if job.bundle is not None:
+        inference = resolve_inference(bundles.read(job.bundle), job.inference)
+        job = job.model_copy(update={"inference": inference})
     shared = _Shared(job, classes, *_matched(job), num_shares=num_shares(job.scaling))
     metrics = Metrics(job.task, classes, job.metrics)
     failures = list(shared.truth.failures)

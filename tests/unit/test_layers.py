@@ -16,10 +16,10 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"config"},
     {"masks", "losses", "ledger"},
     {"data", "models", "metrics"},
-    {"loop", "bundle"},
+    {"loop", "bundle", "tiling"},
     {"checkpoint", "predictor", "report", "runtime"},
     {"worker", "findings"},
-    {"evaluate", "shard", "fingerprint"},
+    {"evaluate", "shard", "fingerprint", "export"},
     {"train"},
     {"cli"},
 ]
