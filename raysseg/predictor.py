@@ -86,7 +86,7 @@ class Predictor:
                 f"task: the bundle {self.bundle.uri} segments for {self.bundle.task!r}; images go by windows through "
                 "semantic models alone: call `predict`"
             )
-        size, dtype, blocks = self.bundle.preprocessing.size, self._dtype, [block] if block else None
+        size, dtype, blocks = self.bundle.preprocessing.size, self._dtype, [block] if block is not None else None
         return iter_labels(self._model, image, size, dtype, self._inference, blocks)
 
     def logits(self, image: Pixels) -> Tensor:
