@@ -22,6 +22,7 @@ JOB_VERBS = {
     "evaluate": "score a bundle, or stored predictions, over a data set",
     "inspect": "what a data set holds, what is wrong with it and what to do about it; also: inspect IMAGES MASKS",
     "shard": "write a data set as Parquet shards, or --to another format",
+    "export": "write a bundle as an ONNX graph; also: export BUNDLE OUT.onnx",
 }
 
 
@@ -50,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, help_text in JOB_VERBS.items():
         part = verbs.add_parser(verb, help=help_text)
-        part.add_argument("job", help="job file: YAML, local or s3://" + (", or a folder" if verb == "inspect" else ""))
+        more = {"inspect": ", or a folder", "export": ", or a bundle"}.get(verb, "")
+        part.add_argument("job", help=f"job file: YAML, local or s3://{more}")
         part.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="wins over the file")
         part.add_argument("--json", action="store_true", help="print the result as one JSON object")
         if verb == "shard":
@@ -90,11 +92,12 @@ def _run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _load_job(verb: str, path: str, overrides: Sequence[str]) -> Job:
-    """The job of a file; to inspect, two folders will do."""
+    """The job of a file; to inspect and to export, two paths will do."""
     from raysseg import config
 
-    if verb == "inspect" and overrides and "=" not in overrides[0]:
-        return config.plain_inspect(path, overrides[0], overrides[1:])
+    plain = {"inspect": config.plain_inspect, "export": config.plain_export}.get(verb)
+    if plain is not None and overrides and "=" not in overrides[0]:
+        return plain(path, overrides[0], overrides[1:])
     job = config.load(path, overrides)
     if job.kind != verb:
         raise InputError(f"{path}: kind is {job.kind!r}: run it as `raysseg {job.kind} {path}`")
@@ -117,6 +120,10 @@ def _run_job(job: Job, write_job: str | None) -> dict[str, Any]:
             from raysseg.shard import shard
 
             return asdict(shard(job))
+        case config.ExportJob():
+            from raysseg.export import export
+
+            return asdict(export(job))
         case config.InspectJob():
             from raysseg import storage
             from raysseg.fingerprint import inspect

@@ -41,11 +41,18 @@ Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 
 CropSide = Annotated[int, Field(ge=32)]
 
+MIN_SIDE = 64
+"""Pixels; what is smaller is enlarged before a model sees it: SegFormer's attention reduces sides 32 times."""
+
+TileSide = Annotated[int, Field(ge=MIN_SIDE)]
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 ClassWeightScheme = Literal["inverse", "median_frequency", "effective_number"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+Blend = Literal["gaussian", "uniform"]
 
 if TYPE_CHECKING:
     ModelName = str
@@ -470,6 +477,51 @@ class Inference(Section):
     """Panoptic: a segment of which others cover more than the rest is left out (MaskFormer's)."""
     max_instances: Annotated[int, Field(ge=1)] = 100
     """Of an image, by score."""
+    tile: tuple[TileSide, TileSide] | None = None
+    """Semantic: (height, width) in pixels of the window that slides over an image, 64 at least; null: whole images."""
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.25
+    """Share of a tile's side that the next one covers again, at least. nnU-Net takes 0.5, which looks at a pixel four
+    times; 0.25 not quite twice."""
+    blend: Blend = "gaussian"
+    """What tiles count where they overlap: less towards their edges, by a Gaussian of an eighth of their sides (Isensee
+    et al. 2021), or alike."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
+    """Semantic: factors at which an image, or each of its tiles, is looked at; probabilities are averaged."""
+    flip: bool = False
+    """Semantic: each view is looked at in the mirror, too."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an image goes through the model whole and once."""
+        return self.tile is None and self.scales == (1.0,) and not self.flip
+
+    def over(self, base: Inference) -> Inference:
+        """The keys that were set here, and the others as they are there."""
+        return base.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
+
+    def misfit(self, task: Task, size: Size | None) -> tuple[str, str] | None:
+        """The first key that has no place where a model of this task sees images at this size, and why."""
+        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        for key in changed:
+            if task not in _TASKS_OF[key]:
+                why = "has no effect" if task == "semantic" else "has no effect yet: images go through whole and once"
+                return key, f"{why} where the task is {task}; leave it out"
+            if key in ("overlap", "blend") and self.tile is None:
+                return key, "has no effect without `inference.tile`; set that, or leave it out"
+        if self.tile is not None and size is not None:
+            why = f"tiles are cut from images as they are, but this model sees them at {list(size)} (`data.size`)"
+            return "tile", f"{why}; leave it out, or train with data.size=null"
+        return None
+
+
+_TASKS_OF: dict[str, tuple[Task, ...]] = {
+    "score_threshold": ("instance", "panoptic"),
+    "mask_threshold": ("instance", "panoptic"),
+    "overlap_threshold": ("panoptic",),
+    "max_instances": ("instance", "panoptic"),
+    **dict.fromkeys(("tile", "overlap", "blend", "scales", "flip"), ("semantic",)),
+}
+"""Which tasks read a key of Inference."""
 
 
 class S3(Section):
@@ -491,9 +543,14 @@ class BaseJob(Section):
 
     name: Annotated[str, Field(pattern=_NAME)]
     """Of the run: letters, digits, dot, dash, underscore."""
+    s3: S3 = S3()
+
+
+class DataJob(BaseJob):
+    """What every job over data has."""
+
     task: Task
     scaling: Scaling = Scaling()
-    s3: S3 = S3()
 
 
 Classes = Uri | tuple[str, ...]
@@ -501,7 +558,7 @@ Classes = Uri | tuple[str, ...]
 set's categories, or with ids 0, 1, 2, ... where it names none. `from`: ids or names that are read as the class."""
 
 
-class TrainJob(BaseJob):
+class TrainJob(DataJob):
     """One training run."""
 
     kind: Literal["train"]
@@ -571,6 +628,8 @@ class TrainJob(BaseJob):
         if self.validation.where == "beside" and self.scaling.in_process:
             message = "there are no tasks with `scaling.workers: 0`; set inline or auto"
             raise PydanticCustomError("beside", message, {"key": "validation.where"})
+        if misfit := self.inference.misfit(self.task, self.data.size):
+            raise PydanticCustomError("inference", "{why}", {"key": f"inference.{misfit[0]}", "why": misfit[1]})
         for split in ("train", "val"):
             source = getattr(self.data, split)
             if isinstance(source, MasksSource) and (source.images is None or source.masks is None):
@@ -587,7 +646,7 @@ def _check_metrics(task: Task, metrics: Sequence[str]) -> None:
         raise PydanticCustomError("metrics", message, context)
 
 
-class EvaluateJob(BaseJob):
+class EvaluateJob(DataJob):
     """Metrics of a bundle, or of stored predictions, over a data set."""
 
     kind: Literal["evaluate"]
@@ -598,6 +657,7 @@ class EvaluateJob(BaseJob):
     metrics: tuple[MetricName, ...] = ()
     """Beside the task's own, what takes longer; see TrainJob."""
     inference: Inference = Inference()
+    """Keys that are left out are as the bundle was validated."""
     batch: Batch = Batch()
     precision: Precision = "auto"
     storage: Uri | None = None
@@ -608,6 +668,9 @@ class EvaluateJob(BaseJob):
         _check_metrics(self.task, self.metrics)
         if (self.bundle is None) == (self.predictions is None):
             raise PydanticCustomError("sides", "give either `bundle` or `predictions`")
+        if self.predictions is not None and self.inference != Inference():
+            message = "has no effect on stored predictions; leave it out"
+            raise PydanticCustomError("inference", message, {"key": "inference"})
         if isinstance(self.data, MasksSource):
             if self.data.masks is None:
                 raise PydanticCustomError("masks", "missing: there is no truth to score by", {"key": "data.masks"})
@@ -629,7 +692,7 @@ class ShardOutput(Section):
     """Samples that are read at once, at most; fewer where they come to more than 8 MiB."""
 
 
-class ShardJob(BaseJob):
+class ShardJob(DataJob):
     """Any source into canonical Parquet shards, or back."""
 
     kind: Literal["shard"]
@@ -650,7 +713,7 @@ def _is_split(value: Any) -> str:
     return "splits" if isinstance(value, Splits) or (isinstance(value, Mapping) and "train" in value) else "source"
 
 
-class InspectJob(BaseJob):
+class InspectJob(DataJob):
     """The fingerprint of a data set: what it is, what is wrong with it, what to do about it."""
 
     kind: Literal["inspect"]
@@ -683,8 +746,32 @@ class InspectJob(BaseJob):
         return self
 
 
-Job = TrainJob | EvaluateJob | ShardJob | InspectJob
-JOBS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "shard": ShardJob, "inspect": InspectJob}
+class ExportJob(BaseJob):
+    """A bundle as an ONNX graph, for runtimes without torch."""
+
+    kind: Literal["export"]
+    bundle: Uri
+    output: Uri
+    """A file that ends in .onnx, or a folder, in which it is model.onnx."""
+    opset: Annotated[int, Field(ge=18)] = 20
+    """Version of ONNX's operators."""
+    size: tuple[TileSide, TileSide] | None = None
+    """(height, width) of the images that the graph takes; null: any, of 64 pixels a side at least."""
+
+    @property
+    def file_uri(self) -> str:
+        """Where the graph goes."""
+        return self.output if self.output.endswith(".onnx") else storage.join(self.output, "model.onnx")
+
+
+Job = TrainJob | EvaluateJob | ShardJob | InspectJob | ExportJob
+JOBS: dict[str, type[Job]] = {
+    "train": TrainJob,
+    "evaluate": EvaluateJob,
+    "shard": ShardJob,
+    "inspect": InspectJob,
+    "export": ExportJob,
+}
 
 
 def _model_defaults(model: object) -> dict[str, Any]:
@@ -773,9 +860,15 @@ def plain_inspect(images: str, masks: str, overrides: Sequence[str] = ()) -> Job
     above = Path(storage.absolute(masks)).parent if not storage.is_remote(masks) else None
     folders = [above, above.parent] if above is not None else []
     listed = next((str(folder / "classes.json") for folder in folders if (folder / "classes.json").is_file()), None)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"inspect-{'-'.join(folder.name for folder in folders[::-1])}".strip("-"))
+    name = _as_name(f"inspect-{'-'.join(folder.name for folder in folders[::-1])}")
     data = {"format": "masks", "images": images, "masks": masks}
     return compose({"kind": "inspect", "name": name, "classes": listed, "data": data}, overrides, "inspect")
+
+
+def plain_export(bundle: str, output: str, overrides: Sequence[str] = ()) -> Job:
+    """The job of `raysseg export BUNDLE OUT.onnx`."""
+    raw = {"kind": "export", "name": _as_name(f"export-{bundle}"), "bundle": bundle, "output": output}
+    return compose(raw, overrides, "export")
 
 
 def json_schema() -> dict[str, Any]:
@@ -790,6 +883,10 @@ def json_schema() -> dict[str, Any]:
         "oneOf": list(schemas.values()),
         "$defs": definitions,
     }
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
 
 
 def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

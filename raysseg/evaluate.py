@@ -20,7 +20,7 @@ from raysseg.data import read_class_map, read_index, read_predictions, read_samp
 from raysseg.data.batches import Pair, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, write_failures
 from raysseg.metrics import Metrics, State
-from raysseg.predictor import Predicted, Predictor, predict_pairs
+from raysseg.predictor import Predicted, Predictor, predict_pairs, resolve_inference
 from raysseg.runtime import num_shares, spread
 from raysseg.schema import ClassMap, InputError, Sample
 
@@ -151,6 +151,9 @@ def score(job: EvaluateJob, classes: ClassMap) -> dict[str, float]:
 
 
 def _share(job: EvaluateJob, classes: ClassMap) -> _Shared:
+    if job.bundle is not None:
+        inference = resolve_inference(bundles.read(job.bundle), job.inference)
+        job = job.model_copy(update={"inference": inference})
     return _Shared(job, classes, *_matched(job, classes), num_shares=num_shares(job.scaling))
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from raysseg import bundle as bundles
-from raysseg.config import Inference, Precision
-from raysseg.data.augment import resize_image
+from raysseg import tiling
+from raysseg.config import MIN_SIDE, Inference, Precision
+from raysseg.data.augment import Windowed, resize_image
 from raysseg.data.batches import Pair
 from raysseg.data.decode import Pixels
 from raysseg.data.index import Failure
 from raysseg.loop import resolve_precision
-from raysseg.masks import View
+from raysseg.masks import IdMap, LabelMap, View
 from raysseg.models import Outputs, SegModel
-
-MIN_SIDE = 64  # pixels; SegFormer's attention reduces sides 32 times
+from raysseg.schema import InputError
+from raysseg.tiling import Block, Grid, Labelled
 
 
 class Predicted(NamedTuple):
@@ -35,9 +38,10 @@ class Predictor:
         bundle_uri: local or s3:// folder.
         device: torch's name of it; default: the GPU where there is one, else the CPU.
         precision: of the forward passes.
-        inference: how outputs become masks; default: as the bundle was validated.
+        inference: how outputs become masks; keys that are not set are as the bundle was validated.
 
     Raises:
+        InputError: `inference` has keys that this model has no place for.
         StorageError: there is no whole bundle at the URI.
     """
 
@@ -50,7 +54,7 @@ class Predictor:
         inference: Inference | None = None,
     ) -> None:
         self.bundle = bundles.read(bundle_uri)
-        self._inference = inference or self.bundle.inference
+        self._inference = resolve_inference(self.bundle, inference)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = bundles.load(self.bundle).to(self._device)
         self._dtype = resolve_precision(precision, self._device)
@@ -58,6 +62,32 @@ class Predictor:
     def predict(self, images: Sequence[Pixels]) -> list[View]:
         """Segments images, each (H, W, 3) uint8 RGB of any size; masks are of the images' own sizes."""
         return predict(self._model, images, self.bundle.preprocessing.size, self._dtype, self._inference)
+
+    def grid(self, size: tuple[int, int]) -> Grid:
+        """The tiles of an image of a (height, width), and the blocks that it can be cut into."""
+        return Grid(size, self._inference.tile, self._inference.overlap)
+
+    def iter_labels(self, image: Pixels | Windowed, block: Block | None = None) -> Iterator[Labelled]:
+        """Segments one image of any size a window at a time; with `tile`, what is held does not grow with the image.
+
+        Args:
+            image: (H, W, 3) RGB; all that is asked of it is its shape and `image[rows, columns]`.
+            block: of the image's grid; default: all of them in turn.
+
+        Returns:
+            Class indices with their place; together they cover the block, and are the same to the bit for any cut
+            into blocks, on one kind of device with one number of threads.
+
+        Raises:
+            InputError: the model is not semantic.
+        """
+        if self.bundle.task != "semantic":
+            raise InputError(
+                f"task: the bundle {self.bundle.uri} segments for {self.bundle.task!r}; images go by windows through "
+                "semantic models alone: call `predict`"
+            )
+        size, dtype, blocks = self.bundle.preprocessing.size, self._dtype, [block] if block is not None else None
+        return iter_labels(self._model, image, size, dtype, self._inference, blocks)
 
     def logits(self, image: Pixels) -> Tensor:
         """A semantic model's raw output for one image, (1, C, h, w)."""
@@ -81,8 +111,10 @@ def predict(
         images: each (H, W, 3) uint8 RGB.
         size: (height, width) that they are resized to first; None: as they are.
         dtype: of the forward pass.
-        inference: how outputs become masks.
+        inference: how outputs become masks; what is not plain has its place with semantic models only.
     """
+    if not inference.is_plain:
+        return [_assemble(iter_labels(model, image, size, dtype, inference), image, model) for image in images]
     device = next(model.parameters()).device
     together: dict[tuple[int, int] | None, list[int]] = {}
     for i, image in enumerate(images):
@@ -100,6 +132,65 @@ def predict(
     return [out[i] for i in range(len(images))]
 
 
+def iter_labels(
+    model: SegModel,
+    image: Pixels | Windowed,
+    size: tuple[int, int] | None,
+    dtype: torch.dtype,
+    inference: Inference,
+    blocks: Sequence[Block] | None = None,
+) -> Iterator[Labelled]:
+    """Segments one image with a semantic model, a window at a time; see `Predictor.iter_labels`.
+
+    Args:
+        model: on its device, in evaluation mode.
+        image: (H, W, 3) RGB.
+        size: (height, width) that images are resized to first; None, which tiles ask for: as they are.
+        dtype: of the forward pass.
+        inference: tiles and views.
+        blocks: of the image's grid; default: all.
+    """
+    assert inference.misfit(model.task, size) is None, inference
+    grid = Grid((image.shape[0], image.shape[1]), inference.tile, inference.overlap)
+    score = partial(class_scores, model, size=size, dtype=dtype, inference=inference)
+    device = next(model.parameters()).device
+    for block in grid.blocks() if blocks is None else blocks:
+        yield from tiling.iter_labels(image, grid, block, score, model.classes, inference.blend, device)
+
+
+def class_scores(
+    model: SegModel, image: Pixels, size: tuple[int, int] | None, dtype: torch.dtype, inference: Inference
+) -> Tensor:
+    """A semantic model's probabilities for an image or tile (H, W, 3), averaged over its views: (C, H, W) float32.
+
+    A view is the image at one of `scales`, as it is and, with `flip`, in the mirror; each goes through on its own.
+    """
+    device = next(model.parameters()).device
+    height, width = image.shape[:2]
+    views = [(scale, is_flipped) for scale in inference.scales for is_flipped in (False, True)[: 1 + inference.flip]]
+    total = torch.zeros(())
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=_is_mixed(dtype)):
+        for i, (scale, is_flipped) in enumerate(views):
+            images = _to_tensor([image], _input_size(image, size, scale), device)
+            outputs = model(images.flip(-1) if is_flipped else images)
+            scores = model.class_scores(outputs, (height, width))[0].float()
+            scores = scores.flip(-1) if is_flipped else scores
+            total = total.add_(scores) if i else scores
+        return total.div_(len(views)) if len(views) > 1 else total
+
+
+def resolve_inference(bundle: bundles.Bundle, inference: Inference | None) -> Inference:
+    """How a bundle's outputs become masks: the keys that are set, and the others as it was validated.
+
+    Raises:
+        InputError: a key has no place with this model.
+    """
+    resolved = inference.over(bundle.inference) if inference is not None else bundle.inference
+    if misfit := resolved.misfit(bundle.task, bundle.preprocessing.size):
+        raise InputError(f"inference.{misfit[0]}: {misfit[1]}")
+    return resolved
+
+
 def predict_pairs(
     predict_images: Callable[[list[Pixels]], list[View]], batches: Iterable[Sequence[Pair | Failure]]
 ) -> Iterator[list[Predicted | Failure]]:
@@ -113,9 +204,19 @@ def _is_mixed(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _input_size(image: Pixels, size: tuple[int, int] | None) -> tuple[int, int]:
+def _assemble(parts: Iterable[Labelled], image: Pixels, model: SegModel) -> LabelMap:
+    labels: IdMap = np.empty(image.shape[:2], model.classes.dtype)
+    for rows, columns, part in parts:
+        labels[rows, columns] = part
+    return LabelMap(labels, model.classes.ignore)
+
+
+def _input_size(image: Pixels, size: tuple[int, int] | None, scale: float = 1.0) -> tuple[int, int]:
     """The size of an image in the model: the bundle's, or its own, enlarged where a side is too short for models."""
-    return size or (max(image.shape[0], MIN_SIDE), max(image.shape[1], MIN_SIDE))
+    if size is not None and scale == 1:
+        return size
+    height, width = (max(round(side * scale), MIN_SIDE) for side in size or image.shape[:2])
+    return height, width
 
 
 def _to_tensor(images: Sequence[Pixels], size: tuple[int, int], device: torch.device) -> Tensor:

@@ -72,6 +72,8 @@ class SegModel(nn.Module, ABC):
     """Names of parameters that were trained on images alone, by their beginning; `optimizer.backbone_lr_factor`."""
     takes_any_sizes = False
     """Whether images of different sizes go through together."""
+    is_exportable = False
+    """Whether `forward` without targets is one graph, from images of one size to `logits`, that ONNX can hold."""
 
     def __init__(self, classes: ClassMap, task: Task, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

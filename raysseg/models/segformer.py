@@ -32,6 +32,7 @@ class SegFormer(SegModel):
     """SegformerForSemanticSegmentation with the house's losses."""
 
     head_prefixes = ("net.decode_head.",)
+    is_exportable = True
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from raysseg import config
-from raysseg.config import EvaluateJob, JobError, MasksSource, ShardJob, ShardsSource, TrainJob
+from raysseg.config import EvaluateJob, ExportJob, Inference, JobError, MasksSource, ShardJob, ShardsSource, TrainJob
 from raysseg.data.classes import Category, Vocabulary, build_class_map
 from raysseg.storage import StorageError
 
@@ -153,6 +153,39 @@ def test_source_is_told_by_its_format() -> None:
     job = train_job(TRAIN)
     assert isinstance(job.data.train, MasksSource)
     assert isinstance(job.data.val, ShardsSource)
+
+
+def test_tiles_and_views_are_for_semantic_models_alone() -> None:
+    for inference in (Inference(tile=(512, 512)), Inference(scales=(0.5, 1.0)), Inference(flip=True)):
+        assert inference.misfit("semantic", None) is None
+        for task in ("instance", "panoptic"):
+            misfit = inference.misfit(task, None)
+            assert misfit is not None
+            assert f"has no effect yet: images go through whole and once where the task is {task}" in misfit[1]
+    assert Inference(score_threshold=0.3, max_instances=10).misfit("instance", (64, 64)) is None
+    assert (Inference(overlap_threshold=0.3).misfit("instance", None) or "")[0] == "overlap_threshold"
+
+
+def test_inference_keys_win_over_a_bundles_one_by_one() -> None:
+    bundle = Inference(tile=(512, 512), flip=True)
+    assert Inference(overlap=0.5).over(bundle) == Inference(tile=(512, 512), flip=True, overlap=0.5)
+    assert Inference(flip=False, tile=None).over(bundle) == Inference()
+
+
+def test_stored_predictions_take_no_inference() -> None:
+    line = "inference: has no effect on stored predictions; leave it out"
+    assert mistakes(changed(EVALUATE, inference={"flip": True})) == [line]
+
+
+def test_export_by_plain_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = config.plain_export("s3://bucket/runs/x/bundle", "out/x.onnx", ["size=[512, 512]"])
+    assert isinstance(job, ExportJob)
+    assert (job.name, job.size) == ("export-s3-bucket-runs-x-bundle", (512, 512))
+    assert job.file_uri == str(tmp_path / "out/x.onnx")
+    folder = config.plain_export("bundle", "s3://bucket/models")
+    assert isinstance(folder, ExportJob)
+    assert folder.file_uri == "s3://bucket/models/model.onnx"
 
 
 def test_neither_torch_nor_ray_is_loaded() -> None:
@@ -315,6 +348,22 @@ def test_local_paths_become_absolute_and_remote_ones_stay(tmp_path: Path, monkey
         ({"precision": "fp8"}, "precision: received \"fp8\"; allowed: 'auto', 'fp32', 'bf16' or 'fp16'"),
         ({"task": "semantics"}, "task: received \"semantics\"; allowed: 'semantic', 'instance' or 'panoptic'"),
         ({"task": "instance"}, "task: received instance; allowed for `model.name` segformer-b0: semantic"),
+        (
+            {"inference__score_threshold": 0.5},
+            "inference.score_threshold: has no effect where the task is semantic; leave it out",
+        ),
+        (
+            {"inference__overlap": 0.5},
+            "inference.overlap: has no effect without `inference.tile`; set that, or leave it out",
+        ),
+        (
+            {"inference__tile": [64, 64], "data__size": [180, 240]},
+            "inference.tile: tiles are cut from images as they are, but this model sees them at [180, 240] "
+            "(`data.size`); leave it out, or train with data.size=null",
+        ),
+        ({"inference__tile": [64, 32]}, "inference.tile.1: received 32; allowed: numbers from 64 on"),
+        ({"inference__overlap": 1}, "inference.overlap: received 1; allowed: numbers up to 0.9"),
+        ({"inference__scales": [0]}, "inference.scales.0: received 0; allowed: numbers above 0"),
         ({"name": 5}, "name: received 5; allowed: text"),
         (
             {"name": "a b"},
@@ -354,9 +403,9 @@ def test_local_paths_become_absolute_and_remote_ones_stay(tmp_path: Path, monkey
         ({"data__train": NOTHING}, "data.train: missing; it has no default"),
         ({"data__val__uri": NOTHING}, "data.val.uri: missing; it has no default"),
         ({"storage": NOTHING}, "storage: missing; it has no default"),
-        ({"kind": "trian"}, 'kind: received "trian"; allowed: train, evaluate, shard, inspect'),
-        ({"kind": ["train"]}, 'kind: received ["train"]; allowed: train, evaluate, shard, inspect'),
-        ({"kind": NOTHING}, "kind: missing; allowed: train, evaluate, shard, inspect"),
+        ({"kind": "trian"}, 'kind: received "trian"; allowed: train, evaluate, shard, inspect, export'),
+        ({"kind": ["train"]}, 'kind: received ["train"]; allowed: train, evaluate, shard, inspect, export'),
+        ({"kind": NOTHING}, "kind: missing; allowed: train, evaluate, shard, inspect, export"),
     ],
 )
 def test_mistake_is_one_line_of_key_value_and_what_is_allowed(changes: dict[str, object], line: str) -> None:

@@ -16,11 +16,11 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"config"},
     {"masks", "losses", "ledger"},
     {"data", "models", "metrics"},
-    {"loop", "bundle"},
+    {"loop", "bundle", "tiling"},
     {"checkpoint", "predictor", "report", "runtime"},
     {"standing", "findings"},
     {"worker"},
-    {"evaluate", "shard", "fingerprint"},
+    {"evaluate", "shard", "fingerprint", "export"},
     {"train"},
     {"cli"},
 ]
