@@ -282,7 +282,7 @@ def _point_mask_terms(logits: Tensor, masks: Tensor, is_valid: Tensor, points: T
     num_certain = int(IMPORTANCE * settings.num_points)
     with torch.no_grad():
         candidates = points[: OVERSAMPLING * settings.num_points].to(logits.dtype)
-        uncertainty = -sample(logits, candidates).abs()
+        uncertainty = (-sample(logits, candidates).abs()).masked_fill(~_sample_valid(is_valid, candidates), -torch.inf)
         chosen = candidates[uncertainty.topk(num_certain, dim=1).indices]  # (N, P, 2)
         others = points[OVERSAMPLING * settings.num_points :].to(logits.dtype)
         chosen = torch.cat([chosen, others.expand(len(masks), -1, -1)], 1)
