@@ -86,7 +86,7 @@ class SegModel(nn.Module, ABC):
         """0 to 255 -> zero mean and unit deviation, in the model's own precision."""
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
-    def set_progress(self, progress: float) -> None:  # noqa: B027
+    def set_progress(self, progress: float) -> None:
         """Where the training stands before each step, 0 to 1; for models that anneal something."""
 
     @abstractmethod

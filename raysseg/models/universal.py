@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,8 @@ from raysseg.models.base import Images, Outputs, SegModel, Targets
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings, class_scores, decode
 from raysseg.schema import ClassMap, Task
 
-Net = Mask2FormerForUniversalSegmentation | EomtForUniversalSegmentation
-Config = Mask2FormerConfig | EomtConfig
+Net: TypeAlias = Mask2FormerForUniversalSegmentation | EomtForUniversalSegmentation
+Config: TypeAlias = Mask2FormerConfig | EomtConfig
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the authors of both
@@ -98,7 +99,7 @@ def _eomt_tiny() -> EomtConfig:
 
 
 # sizes of EoMT: DINOv2's ViT, and how many blocks the queries go through, from the authors' configurations
-CONFIGS = {
+CONFIGS: dict[str, Callable[[], Config]] = {
     "mask2former-tiny": _mask2former_tiny,
     "mask2former-swin-tiny": _swin_tiny,
     "mask2former-resnet-50": _resnet_50,
@@ -107,6 +108,8 @@ CONFIGS = {
     "eomt-base": lambda: _eomt(768, 12, 12, 3),
     "eomt-large": lambda: _eomt(1024, 24, 16, 4),
 }
+
+NETS: dict[str, type[Net]] = {"mask2former": Mask2FormerForUniversalSegmentation, "eomt": EomtForUniversalSegmentation}
 
 
 class Universal(SegModel):
@@ -231,13 +234,9 @@ def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights
     assert model.weights is None
     config.id2label = dict(enumerate(classes.names))
     config.label2id = {name: i for i, name in enumerate(classes.names)}
-    return Universal(_net_class(model.name)(config), classes, task, class_weights)
+    return Universal(NETS[config.model_type](config), classes, task, class_weights)
 
 
 def load(name: str, folder: Path, classes: ClassMap, task: Task) -> Universal:
     """The model of a bundle."""
-    return Universal(_net_class(name).from_pretrained(folder), classes, task)
-
-
-def _net_class(name: str) -> type[Net]:
-    return EomtForUniversalSegmentation if name.startswith("eomt") else Mask2FormerForUniversalSegmentation
+    return Universal(NETS[CONFIGS[name]().model_type].from_pretrained(folder), classes, task)
