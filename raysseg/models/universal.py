@@ -35,7 +35,6 @@ Config: TypeAlias = Mask2FormerConfig | EomtConfig
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the authors of both
 FACTORS = Factors(classes=2.0, masks=5.0, dice=5.0)  # of both: Mask2Former, section 4.1; EoMT follows it
-SETTINGS = Settings(costs=FACTORS, factors=FACTORS, mask_loss="cross_entropy", num_points=12544, no_object=0.1)
 
 
 def _swin_tiny() -> Mask2FormerConfig:
@@ -75,6 +74,7 @@ def _mask2former_tiny() -> Mask2FormerConfig:
         decoder_layers=4,  # of which transformers builds one less
         num_attention_heads=4,
         num_queries=32,
+        train_num_points=1024,
     )
 
 
@@ -95,6 +95,7 @@ def _eomt_tiny() -> EomtConfig:
         num_blocks=2,
         num_queries=32,
         num_register_tokens=0,
+        train_num_points=1024,
     )
 
 
@@ -124,7 +125,14 @@ class Universal(SegModel):
     def __init__(self, net: Net, classes: ClassMap, task: Task, class_weights: Sequence[float] | None = None) -> None:
         super().__init__(classes, task, MEAN, STD)
         self.net = net
-        self.criterion = SetLoss(classes, net.config.num_queries, SETTINGS, class_weights)
+        settings = Settings(
+            costs=FACTORS,
+            factors=FACTORS,
+            mask_loss="cross_entropy",
+            num_points=net.config.train_num_points,
+            no_object=net.config.no_object_weight,
+        )
+        self.criterion = SetLoss(classes, net.config.num_queries, settings, class_weights)
         self._mask_shares: list[float] = []
         self._is_annealed = False
         if isinstance(net, EomtForUniversalSegmentation):
