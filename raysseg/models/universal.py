@@ -6,7 +6,6 @@ image processor does, and a patch in EoMT, whose position embeddings are interpo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,25 +14,29 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.eomt.configuration_eomt import EomtConfig
 from transformers.models.eomt.modeling_eomt import EomtForUniversalSegmentation
 from transformers.models.mask2former.configuration_mask2former import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentation
 from transformers.models.resnet.configuration_resnet import ResNetConfig
+from transformers.models.resnet.modeling_resnet import ResNetBackbone
 from transformers.models.swin.configuration_swin import SwinConfig
+from transformers.models.swin.modeling_swin import SwinBackbone
 
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models import eomt
 from raysseg.models.base import Images, Outputs, SegModel, Targets
+from raysseg.models.pretrained import MEAN, STD, read_config, read_kind, read_net, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings, class_scores, decode
-from raysseg.schema import ClassMap, Task
+from raysseg.schema import ClassMap, InputError, Task
 
 Net: TypeAlias = Mask2FormerForUniversalSegmentation | EomtForUniversalSegmentation
 Config: TypeAlias = Mask2FormerConfig | EomtConfig
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the authors of both
 FACTORS = Factors(classes=2.0, masks=5.0, dice=5.0)  # of both: Mask2Former, section 4.1; EoMT follows it
 
 
@@ -111,6 +114,7 @@ CONFIGS: dict[str, Callable[[], Config]] = {
 }
 
 NETS: dict[str, type[Net]] = {"mask2former": Mask2FormerForUniversalSegmentation, "eomt": EomtForUniversalSegmentation}
+BACKBONES: dict[str, type[PreTrainedModel]] = {"swin": SwinBackbone, "resnet": ResNetBackbone}
 
 
 class Universal(SegModel):
@@ -197,27 +201,15 @@ class Universal(SegModel):
 
         Transformers' EoMT takes square images of the configured size alone, to which its processor scales and pads.
         """
-        preprocessing = {
-            "do_resize": True,
-            "resample": 2,  # bilinear
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(MEAN),
-            "image_std": list(STD),
-        }
         if isinstance(self.net, EomtForUniversalSegmentation):
             self.net.attn_mask_probs.copy_(torch.tensor(_settled(self._mask_shares)))
             side = self.net.config.image_size
-            preprocessing |= {"image_processor_type": "EomtImageProcessor", "do_pad": True, "do_split_image": False}
-            preprocessing["size"] = {"shortest_edge": side, "longest_edge": side}
+            square = {"size": {"shortest_edge": side, "longest_edge": side}, "do_pad": True, "do_split_image": False}
+            write_preprocessing(folder, "EomtImageProcessor", (side, side), square)
         else:
-            height, width = size or (512, 512)
-            preprocessing |= {"image_processor_type": "Mask2FormerImageProcessor", "do_resize": size is not None}
-            preprocessing |= {"size": {"height": height, "width": width}, "size_divisor": self._stride}
-            preprocessing |= {"do_reduce_labels": False, "ignore_index": self.classes.ignore}
+            more = {"size_divisor": self._stride, "do_reduce_labels": False, "ignore_index": self.classes.ignore}
+            write_preprocessing(folder, "Mask2FormerImageProcessor", size, more)
         self.net.save_pretrained(folder)
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2))
 
 
 def _to_whole_strides(pixels: Tensor, stride: int) -> Tensor:
@@ -233,16 +225,51 @@ def _settled(shares: Sequence[float]) -> list[float]:
 
 
 def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights: Sequence[float] | None) -> Universal:
-    """A net for a class list, from scratch or from weights whose class head is rebuilt.
+    """A net for a class list, from scratch, from weights whose class head is rebuilt, or on a backbone with weights.
 
     Raises:
         InputError: the weights can't be loaded, or are of another size.
     """
     config = CONFIGS[model.name]()
-    assert model.weights is None
-    config.id2label = dict(enumerate(classes.names))
-    config.label2id = {name: i for i, name in enumerate(classes.names)}
-    return Universal(NETS[config.model_type](config), classes, task, class_weights)
+    kind = NETS[config.model_type]
+    if model.weights is None:
+        set_classes(config, classes)
+        return Universal(kind(config), classes, task, class_weights)
+    backbone = getattr(config, "backbone_config", None)
+    if backbone is not None and read_kind(model.weights) == backbone.model_type:
+        found = read_config(type(backbone), model.weights)
+        _check_size(model, _size(found), _size(backbone))
+        set_classes(config, classes)
+        net = kind(config)
+        net.model.pixel_level_module.encoder = read_net(
+            BACKBONES[found.model_type], model.weights, backbone, classes, []
+        )
+        return Universal(net, classes, task, class_weights)
+    found = read_config(type(config), model.weights)
+    _check_size(model, _size(found), _size(config))
+    net = read_net(kind, model.weights, found, classes, ["class_predictor"])
+    return Universal(net, classes, task, class_weights)
+
+
+def _size(config: PreTrainedConfig) -> dict[str, object]:
+    """What tells a family's sizes apart."""
+    if (backbone := getattr(config, "backbone_config", None)) is not None:
+        return {"backbone": backbone.model_type, **_size(backbone), "hidden_dim": config.hidden_dim}
+    names = {
+        "swin": ("depths", "embed_dim"),
+        "resnet": ("depths", "hidden_sizes"),
+        "eomt": ("num_hidden_layers", "hidden_size", "patch_size"),
+    }.get(config.model_type, ())
+    return {name: getattr(config, name) for name in names}
+
+
+def _check_size(model: Model, found: dict[str, object], wanted: dict[str, object]) -> None:
+    if found != wanted:
+        described = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise InputError(
+            f"model.weights: {model.weights} has {described}, which is no {model.name}; "
+            "name the model that the weights are of"
+        )
 
 
 def load(name: str, folder: Path, classes: ClassMap, task: Task) -> Universal:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoImageProcessor, EomtForUniversalSegmentation, Mask2FormerForUniversalSegmentation
+from transformers import (
+    AutoImageProcessor,
+    EomtForUniversalSegmentation,
+    Mask2FormerForUniversalSegmentation,
+    SwinForImageClassification,
+)
 
 from raysseg.catalogue import MODELS
 from raysseg.config import Inference, Model
 from raysseg.models import Regions, Targets, build_model
 from raysseg.models.eomt import mask_share, predict_layers
 from raysseg.models.universal import CONFIGS, NETS, Universal
-from raysseg.schema import ClassMap, Task
+from raysseg.schema import ClassMap, InputError, Task
 
 CLASSES = ClassMap((3, 5, 7), ("road", "car", "tree"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)), (False, True, True))
 TINY = ("mask2former-tiny", "eomt-tiny")
@@ -117,6 +124,105 @@ def test_transformers_loads_what_is_saved(name: str, task: Task, tmp_path: Path)
         shown = processor.post_process_semantic_segmentation(theirs, target_sizes=[(128, 128)] * 2)
         agreement = (scores.argmax(1) == torch.stack(shown)).float().mean()
         assert agreement > 0.99  # transformers scales the masks twice
+
+
+@pytest.fixture(params=TINY)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, Universal]:
+    """A tiny net as transformers saves it."""
+    model = built(request.param, seed=1)
+    model.save(tmp_path, None)
+    return request.param, tmp_path, model
+
+
+def read(name: str, folder: Path, classes: ClassMap = CLASSES) -> Universal:
+    model = build_model(Model(name=name, weights=str(folder)), classes, "instance")
+    assert isinstance(model, Universal)
+    return model
+
+
+def same(first: Universal, second: Universal, without: str = "nothing") -> bool:
+    theirs = second.state_dict()
+    return all(torch.equal(t, theirs[key]) for key, t in first.state_dict().items() if without not in key)
+
+
+def test_weights_of_the_same_classes_keep_the_head(saved: tuple[str, Path, Universal]) -> None:
+    name, folder, model = saved
+    assert same(model, read(name, folder))
+
+
+@pytest.mark.parametrize("names", [("sky", "sea"), ("sky", "sea", "sun")])
+def test_weights_of_other_classes_get_a_new_head_and_it_is_said(
+    saved: tuple[str, Path, Universal], names: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    name, folder, model = saved
+    number = len(names)
+    others = ClassMap(tuple(range(number)), names, ((1, 1, 1),) * number, (True,) * number)
+    logging.getLogger("raysseg").propagate = True
+    with caplog.at_level(logging.INFO, logger="raysseg"):
+        found = read(name, folder, others)
+    assert "class_predictor.bias, class_predictor.weight" in caplog.text.split("new in this model:")[1]
+    assert found.net.class_predictor.out_features == number + 1
+    assert (found.net.class_predictor.bias == 0).all()
+    found.criterion = model.criterion
+    found.net.criterion = model.net.criterion
+    assert same(model, found, without="class_predictor")
+    assert list(found.net.config.id2label.values()) == list(names)
+
+
+def test_weights_of_another_size_or_model_are_refused(saved: tuple[str, Path, Universal]) -> None:
+    name, folder, _ = saved
+    larger, other = {
+        "mask2former-tiny": ("mask2former-swin-tiny", "eomt-tiny"),
+        "eomt-tiny": ("eomt-large", "mask2former-tiny"),
+    }[name]
+    with pytest.raises(InputError, match=f"which is no {larger}"):
+        read(larger, folder)
+    with pytest.raises(InputError, match="give weights of a"):
+        read(other, folder)
+
+
+def test_checkpoints_with_the_names_of_old_are_read(tmp_path: Path) -> None:
+    """As published: Swin's layers had other names before transformers 5."""
+    model = built("mask2former-tiny", seed=1)
+    model.save(tmp_path, None)
+    renamed = {}
+    for key, tensor in model.net.state_dict().items():
+        for new, old in {
+            "encoder.swin.encoder.": "encoder.encoder.",
+            "encoder.swin.embeddings.": "encoder.embeddings.",
+            "attention.q_proj": "attention.self.query",
+            "attention.k_proj": "attention.self.key",
+            "attention.v_proj": "attention.self.value",
+            "attention.o_proj": "attention.output.dense",
+            "attention.relative_position_bias.relative": "attention.self.relative",
+            "mlp.fc1": "intermediate.dense",
+            "mlp.fc2": "output.dense",
+        }.items():
+            if "pixel_level_module.encoder" in key:
+                key = key.replace(new, old)
+        renamed[key] = tensor.clone()
+    assert sum("attention.self.query" in key for key in renamed) == 8  # a weight and a bias in four layers
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    assert same(model, read("mask2former-tiny", tmp_path), without="swin.layernorm")
+
+
+def test_a_backbone_alone_may_have_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As of a classifier on ImageNet."""
+    torch.manual_seed(3)
+    classifier = SwinForImageClassification(CONFIGS["mask2former-tiny"]().backbone_config)
+    classifier.save_pretrained(tmp_path)
+    logging.getLogger("raysseg").propagate = True
+    with caplog.at_level(logging.INFO, logger="raysseg"):
+        model = read("mask2former-tiny", tmp_path)
+    assert "not used: classifier.bias, classifier.weight" in caplog.text
+    theirs, compared = classifier.state_dict(), 0
+    for key, tensor in model.net.model.pixel_level_module.encoder.state_dict().items():
+        if key in theirs and "swin.layernorm" not in key:
+            assert torch.equal(tensor, theirs[key]), key
+            compared += 1
+    assert compared > 50
+    with pytest.raises(InputError, match="which is no mask2former-swin-tiny"):
+        read("mask2former-swin-tiny", tmp_path)
 
 
 @pytest.mark.parametrize("name", TINY)
