@@ -60,10 +60,34 @@ _MASKRCNN = Entry(
     takes_class_weights=False,
 )
 
+_MASK2FORMER = Entry(
+    family="universal",
+    tasks=("semantic", "instance", "panoptic"),
+    source="Cheng et al. 2022, section 4.1; its steps at 0.9 and 0.95 of the training are a linear decay here",
+    defaults={"optimizer": {"lr": 1e-4, "backbone_lr_factor": 0.1, "weight_decay": 0.05, "clip_norm": 0.01}},
+    from_scratch={"optimizer": {"backbone_lr_factor": 1.0}},
+    has_own_loss=True,
+)
+
+_EOMT = Entry(
+    family="universal",
+    tasks=("semantic", "instance", "panoptic"),
+    source="Kerssies et al. 2025, section 4.1; of its layer-wise decay 0.8 two rates are left: the ViT's blocks before "
+    "the queries learn at a tenth",
+    defaults={
+        "optimizer": {"lr": 1e-4, "backbone_lr_factor": 0.1, "weight_decay": 0.05, "clip_norm": 0.01},
+        "schedule": {"power": 0.9},
+    },
+    from_scratch={"optimizer": {"backbone_lr_factor": 1.0}},
+    has_own_loss=True,
+)
+
 MODELS: dict[str, Entry] = {
     **{f"segformer-{size}": _SEGFORMER for size in ("tiny", "b0", "b1", "b2", "b3", "b4", "b5")},
     **{f"detr-{size}": _DETR for size in ("tiny", "resnet-50", "resnet-50-dc5", "resnet-101")},
     **{f"maskrcnn-{size}": _MASKRCNN for size in ("tiny", "resnet50-fpn", "resnet50-fpn-v2", "resnet101-fpn")},
+    **{f"mask2former-{size}": _MASK2FORMER for size in ("tiny", "swin-tiny", "resnet-50")},
+    **{f"eomt-{size}": _EOMT for size in ("tiny", "small", "base", "large")},
 }
 """Every model that a job can name; `tiny` ones are for tests."""
 

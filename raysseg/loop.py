@@ -242,6 +242,7 @@ def fit(
             _set_rate(state.optimizer, factor)
             lr = job.optimizer.lr * factor
             _seed_dropout(job.seed, state.step)
+            state.model.set_progress(state.step / total)
             losses = _optimise(model, state, micro_batches, job, dtype)
             stop = min(start + job.batch.global_size, num_samples)
             state.step += 1

@@ -88,6 +88,9 @@ class SegModel(nn.Module, ABC):
         """0 to 255 -> zero mean and unit deviation, in the model's own precision."""
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
+    def set_progress(self, progress: float) -> None:
+        """Where the training stands before each step, 0 to 1; for models that anneal something."""
+
     @abstractmethod
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """What the losses average over, countable before forward; adds up over micro-batches and ranks."""

@@ -26,6 +26,19 @@ Config = TypeVar("Config", bound=PreTrainedConfig)
 Net = TypeVar("Net", bound=PreTrainedModel)
 
 
+def read_kind(weights: str) -> str:
+    """What transformers calls the model that weights are of.
+
+    Args:
+        weights: a hub id, a local folder or an s3:// URI.
+
+    Raises:
+        InputError: no configuration lies beside them.
+    """
+    with _naming(weights):
+        return str(PreTrainedConfig.get_config_dict(_source(weights))[0].get("model_type"))
+
+
 def read_config(kind: type[Config], weights: str) -> Config:
     """The configuration that lies beside weights.
 
@@ -36,12 +49,10 @@ def read_config(kind: type[Config], weights: str) -> Config:
     Raises:
         InputError: there is none, or of another model.
     """
+    if (found := read_kind(weights)) != kind.model_type:
+        raise InputError(f"model.weights: {weights} is a {found} model; give weights of a {kind.model_type} model")
     with _naming(weights):
-        source = _source(weights)
-        found = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-        if found != kind.model_type:
-            raise InputError(f"model.weights: {weights} is a {found} model; give weights of a {kind.model_type} model")
-        config: Config = kind.from_pretrained(source)
+        config: Config = kind.from_pretrained(_source(weights))
     return config
 
 
