@@ -82,9 +82,20 @@ _EOMT = Entry(
     has_own_loss=True,
 )
 
+_SMP = Entry(
+    family="smp",
+    tasks=("semantic",),
+    source="the CamVid example of segmentation_models.pytorch: Adam at 2e-4 with cosine decay; no paper's. Five times "
+    "the rate from scratch",
+    defaults={"optimizer": {"lr": 2e-4}, "schedule": {"decay": "cosine"}},
+    from_scratch={"optimizer": {"lr": 1e-3}},
+    takes_encoder=True,
+)
+
 MODELS: dict[str, Entry] = {
     **{f"segformer-{size}": _SEGFORMER for size in ("tiny", "b0", "b1", "b2", "b3", "b4", "b5")},
     **{f"detr-{size}": _DETR for size in ("tiny", "resnet-50", "resnet-50-dc5", "resnet-101")},
+    **dict.fromkeys(("unet", "unet-tiny", "deeplabv3plus"), _SMP),
     **{f"maskrcnn-{size}": _MASKRCNN for size in ("tiny", "resnet50-fpn", "resnet50-fpn-v2", "resnet101-fpn")},
     **{f"mask2former-{size}": _MASK2FORMER for size in ("tiny", "swin-tiny", "resnet-50")},
     **{f"eomt-{size}": _EOMT for size in ("tiny", "small", "base", "large")},

@@ -165,7 +165,7 @@ class MaskRcnn(SegModel):
                 f"{self.net.roi_heads.detections_per_img}, which is all that Mask R-CNN looks for",
                 stacklevel=2,
             )
-        values = {name: value.cpu() for name, value in outputs.values.items()}
+        values = {name: value.detach().cpu() for name, value in outputs.values.items()}
         return [self._to_masks(values, i, size, inference) for i, size in enumerate(sizes)]
 
     def _to_masks(
@@ -177,20 +177,20 @@ class MaskRcnn(SegModel):
         height, width = values["sizes"][image].tolist()
         scale = torch.tensor([size[1] / width, size[0] / height] * 2)
         boxes = values["boxes"][rows].float() * scale
-        # one after another: the pixels of a hundred masks at once are more than the image's worth of memory
-        pasted = (
-            paste_masks_in_image(values["masks"][row][None].float(), box[None], size)[0, 0]
-            for row, box in zip(rows, boxes, strict=True)
-        )
-        found = [(mask >= inference.mask_threshold).numpy() for mask in pasted]
-        is_shown = np.array([mask.any() for mask in found], np.bool_)
-        x0, y0, x1, y1 = boxes.double().numpy()[is_shown].T
+        shown, rles = [], []
+        for i, (mask, box) in enumerate(zip(values["masks"][rows].float(), boxes, strict=True)):
+            # one at a time: a hundred masks of a large image are gigabytes
+            pasted = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= inference.mask_threshold
+            if pasted.any():
+                shown.append(i)
+                rles.append(rle.from_mask(pasted.numpy()))
+        x0, y0, x1, y1 = boxes[shown].double().numpy().T
         return MaskSet(
             size=size,
-            rles=tuple(rle.from_mask(mask) for mask in found if mask.any()),
-            class_ids=values["labels"][rows].numpy()[is_shown],
-            is_crowd=np.zeros(is_shown.sum(), np.bool_),
-            scores=values["scores"][rows].double().numpy()[is_shown],
+            rles=tuple(rles),
+            class_ids=values["labels"][rows][shown].numpy(),
+            is_crowd=np.zeros(len(shown), np.bool_),
+            scores=values["scores"][rows][shown].double().numpy(),
             boxes=np.stack([x0, y0, x1 - x0, y1 - y0], axis=1),
         )
 
