@@ -19,6 +19,7 @@ class Entry:
         source: whose settings the defaults are.
         defaults: keys of a train job, by section.
         from_scratch: keys that differ where there are no weights.
+        by_task: keys that differ with the task.
         has_own_loss: whether it brings its loss along; then `loss:` takes `class_weights` alone, if anything.
         takes_class_weights: whether its loss has a place for them.
         takes_encoder: whether `model.encoder` chooses its backbone.
@@ -29,6 +30,7 @@ class Entry:
     source: str
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     from_scratch: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_task: Mapping[Task, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     has_own_loss: bool = False
     takes_class_weights: bool = True
     takes_encoder: bool = False
@@ -48,6 +50,7 @@ _DETR = Entry(
     source="Carion et al. 2020, appendix A.4, and the authors' code; the backbone at full rate from scratch",
     defaults={"optimizer": {"lr": 1e-4, "backbone_lr_factor": 0.1, "weight_decay": 1e-4, "clip_norm": 0.1}},
     from_scratch={"optimizer": {"backbone_lr_factor": 1.0}},
+    by_task={"panoptic": {"inference": {"score_threshold": 0.85}}},
     has_own_loss=True,
 )
 

@@ -595,7 +595,9 @@ class TrainJob(DataJob):
     @model_validator(mode="before")
     @classmethod
     def _fill_model_defaults(cls, value: Any) -> Any:
-        return _merged(_model_defaults(value.get("model")), value) if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            return value
+        return _merged(_model_defaults(value.get("model"), value.get("task")), value)
 
     @model_validator(mode="before")
     @classmethod
@@ -774,12 +776,14 @@ JOBS: dict[str, type[Job]] = {
 }
 
 
-def _model_defaults(model: object) -> dict[str, Any]:
+def _model_defaults(model: object, task: object) -> dict[str, Any]:
     """The settings of a model's authors, see raysseg.catalogue."""
     if not isinstance(model, Mapping) or (entry := MODELS.get(str(model.get("name")))) is None:
         return {}
     defaults = {section: dict(values) for section, values in entry.defaults.items()}
-    return _merged(defaults, entry.from_scratch) if model.get("weights") is None else defaults
+    if model.get("weights") is None:
+        defaults = _merged(defaults, entry.from_scratch)
+    return _merged(defaults, next((keys for name, keys in entry.by_task.items() if name == task), {}))
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -332,10 +332,12 @@ def match(layers: Sequence[Queries], truths: Sequence[_Truth], points: Tensor, s
         points: (B, P, 2) in [0, 1], x and y, of which matching takes the first `num_points`.
         settings: its costs.
     """
-    looks_at = points[:, : settings.num_points or 0]
+    num_points = settings.num_points or 0
+    points = points[:, :num_points].to(layers[0].class_logits.dtype)
+    looks = [_look(truth, some) for truth, some in zip(truths, points, strict=True)]
     costs = [
-        _costs(layer, i, truth, looks_at[i], settings.costs) for layer in layers for i, truth in enumerate(truths)
-    ]  # each (Q, N)
+        _costs(layer, i, truth, *looks[i], settings.costs) for layer in layers for i, truth in enumerate(truths)
+    ]  # (Q, N) each
     flat = torch.cat([cost.flatten() for cost in costs]).cpu()  # one copy for all, since each waits for the device
     assert flat.isfinite().all(), "the costs of matching are not finite: the model gives NaN or infinity"
     parts = torch.split(flat, [cost.numel() for cost in costs])
@@ -346,21 +348,34 @@ def match(layers: Sequence[Queries], truths: Sequence[_Truth], points: Tensor, s
     return [pairs[i : i + len(truths)] for i in range(0, len(pairs), len(truths))]
 
 
-def _costs(layer: Queries, i: int, truth: _Truth, points: Tensor, costs: Factors) -> Tensor:
-    """What each pair of a query and a region of image i costs, (Q, N)."""
+def _look(truth: _Truth, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The points of an image that count, (P, 2), and its regions there, (N, P)."""
+    if not len(points):
+        return points, points.new_zeros((len(truth.class_ids), 0))
+    kept = points[_sample_valid(truth.is_valid, points)]
+    return kept, sample(truth.masks.to(points.dtype), kept)
+
+
+def _costs(layer: Queries, i: int, truth: _Truth, points: Tensor, wanted: Tensor, costs: Factors) -> Tensor:
+    """What each pair of a query and a region of image i costs, (Q, N).
+
+    Args:
+        layer: of all images.
+        i: the image.
+        truth: its regions.
+        points: (P, 2) that count.
+        wanted: (N, P), the regions there.
+        costs: of each term.
+    """
     total = -costs.classes * layer.class_logits[i].softmax(-1)[:, truth.class_ids]
     if layer.boxes is not None and (costs.l1 or costs.giou):
         boxes = layer.boxes[i]
         total = total + costs.l1 * (boxes[:, None] - truth.boxes).abs().sum(-1)
         total = total - costs.giou * giou(_to_corners(boxes)[:, None], _to_corners(truth.boxes))
     if layer.mask_logits is not None and (costs.masks or costs.dice):
-        assert len(points), "matching looks at masks in points"
-        kept = points.to(total.dtype)
-        kept = kept[_sample_valid(truth.is_valid, kept)]
-        logits = sample(layer.mask_logits[i], kept)  # (Q, P)
-        wanted = sample(truth.masks.to(total.dtype), kept)  # (N, P)
+        logits = sample(layer.mask_logits[i], points)  # (Q, P)
         positive, negative = F.softplus(-logits), F.softplus(logits)
-        total = total + costs.masks * (positive @ wanted.T + negative @ (1 - wanted).T) / max(1, len(kept))
+        total = total + costs.masks * (positive @ wanted.T + negative @ (1 - wanted).T) / max(1, len(points))
         probabilities = logits.sigmoid()
         sums = probabilities.sum(1)[:, None] + wanted.sum(1)
         total = total + costs.dice * (1 - (2 * probabilities @ wanted.T + 1) / (sums + 1))
@@ -386,6 +401,8 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
         maps: (N, h, w) floating.
         points: (P, 2), or (N, P, 2) for points of each map's own: x and y in [0, 1].
     """
+    if not (maps.numel() and points.numel()):
+        return maps.new_zeros((len(maps), points.shape[-2]))  # cuDNN takes no empty grids
     grid = 2 * points.to(maps.dtype) - 1
     if points.ndim == 2:
         return F.grid_sample(maps[None], grid[None, :, None], align_corners=False)[0, :, :, 0]

@@ -263,6 +263,16 @@ def test_learning_rate_suits_the_model(
     assert (job.optimizer.lr, job.optimizer.head_lr_factor) == expected
 
 
+@pytest.mark.parametrize(
+    ("task", "inference", "expected"),
+    [("panoptic", {}, 0.85), ("instance", {}, 0.0), ("panoptic", {"score_threshold": 0.3}, 0.3)],
+)
+def test_score_threshold_suits_the_model_and_the_task(task: str, inference: dict[str, float], expected: float) -> None:
+    changes = {"task": task, "model__name": "detr-tiny", "model__weights": None, "inference": inference}
+    job = train_job({key: value for key, value in changed(TRAIN, **changes).items() if key != "loss"})
+    assert job.inference.score_threshold == expected
+
+
 def test_on_error_is_handed_down_to_sources_that_say_nothing() -> None:
     job = train_job(changed(TRAIN, data__on_error="skip", data__val__on_error="stop"))
     assert (job.data.train.is_skipping, job.data.val.is_skipping) == (True, False)
