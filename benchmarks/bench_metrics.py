@@ -1,4 +1,8 @@
-"""mIoU over CamVid's validation masks: raysseg's confusion matrix against the algorithm of evaluate's `mean_iou`."""
+"""Metrics against others' code, from the same masks, which find the same numbers.
+
+miou: over CamVid's validation masks, against the algorithm of evaluate's `mean_iou`. mask_ap: from dense masks to AP,
+encoding included, against pycocotools. boundary_ap: from RLE, against boundary-iou-api, if a checkout is named.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import cv2
 import numpy as np
 
+from benchmarks import instance_sides
 from benchmarks.results import compare, device_name, write_result
 from raysseg.config import MasksSource
 from raysseg.data import read_class_map, read_index, read_samples
@@ -22,6 +28,8 @@ SHIFT = (6, 9)  # pixels down and across by which the predictions are off
 
 Pairs = Sequence[tuple[IdMap, IdMap]]
 """Prediction and truth, (H, W) each."""
+Rows = list[dict[str, str | float]]
+Settings = dict[str, object]
 
 
 def our_mean_iou(pairs: Pairs, classes: ClassMap) -> float:
@@ -63,12 +71,7 @@ def masks_per_s(mean_iou: Callable[[Pairs, ClassMap], float], pairs: Pairs, clas
     return len(pairs) / (time.perf_counter() - started)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=os.environ.get("RAYSSEG_DATA", "../shared/data"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--masks", type=int, help="as many only (default: all)")
-    options = parser.parse_args()
+def miou_rows(options: argparse.Namespace) -> tuple[Rows, Settings]:
     pairs, classes = read_pairs(f"{options.data}/camvid", options.masks)
     sides = (our_mean_iou, published_mean_iou)
     values = [mean_iou(pairs, classes) for mean_iou in sides]
@@ -79,11 +82,63 @@ def main() -> None:
         "masks": len(pairs),
         "size": pairs[0][0].shape,
         "classes": len(classes),
-        "rounds": options.rounds,
         "peer": "the algorithm of evaluate's mean_iou, written from its description",
         "miou": {"ours": values[0], "peer": values[1]},
     }
-    write_result("metrics", device_name(), [compare("mIoU, masks/s", ours, peer, ">= 5")], settings)
+    return [compare("mIoU, masks/s", ours, peer, ">= 5")], settings
+
+
+def ap_rows(
+    what: str, sides: Sequence[instance_sides.Side], peer: str, options: argparse.Namespace
+) -> tuple[Rows, Settings]:
+    """Images a second of both sides, in turns, of each reference."""
+    rows, settings = [], {"peer": peer}
+    for name in instance_sides.FILES:
+        images, classes = instance_sides.read_images(f"{options.data}/reference", name)
+        rates = []
+        for _ in range(options.rounds):
+            clocks = [instance_sides.Clock() for _ in sides]
+            values = [side(images, classes, clock) for side, clock in zip(sides, clocks, strict=True)]
+            assert np.allclose(*values, rtol=0, atol=1e-9, equal_nan=True), values
+            rates.append([len(images) / clock.seconds for clock in clocks])
+        ours, theirs = zip(*rates, strict=True)
+        rows.append(compare(f"{what} of {name}, images/s", ours, theirs, ">= 5"))
+        counts = [sum(len(getattr(image, side)) for image in images) for side in ("prediction", "truth")]
+        settings[name] = {"images": len(images), "detections": counts[0], "instances": counts[1], "ap": values[0][0]}
+    return rows, settings
+
+
+def mask_ap_rows(options: argparse.Namespace) -> tuple[Rows, Settings]:
+    sides = (instance_sides.our_mask_ap, instance_sides.their_mask_ap)
+    return ap_rows("mask AP", sides, "pycocotools, masks encoded one by one", options)
+
+
+def boundary_ap_rows(options: argparse.Namespace) -> tuple[Rows, Settings]:
+    sides = (instance_sides.our_boundary_ap, partial(instance_sides.their_boundary_ap, options.boundary_iou_api))
+    return ap_rows("Boundary AP", sides, f"boundary-iou-api, in {os.cpu_count()} processes; ours in one", options)
+
+
+PARTS = {"miou": miou_rows, "mask_ap": mask_ap_rows, "boundary_ap": boundary_ap_rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default=os.environ.get("RAYSSEG_DATA", "../shared/data"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--masks", type=int, help="as many only, of mIoU (default: all)")
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="default: all whose peer is at hand")
+    parser.add_argument("--boundary-iou-api", help="folder of a checkout of bowenc0221/boundary-iou-api")
+    options = parser.parse_args()
+    parts = options.part or [part for part in PARTS if options.boundary_iou_api or part != "boundary_ap"]
+    if "boundary_ap" in parts and not options.boundary_iou_api:
+        parser.error("boundary_ap needs --boundary-iou-api")
+    cv2.setNumThreads(1)
+    rows: Rows = []
+    settings: Settings = {"rounds": options.rounds}
+    for part in parts:
+        found, settings[part] = PARTS[part](options)
+        rows += found
+    write_result("metrics" if parts == list(PARTS) else f"metrics-{'-'.join(parts)}", device_name(), rows, settings)
 
 
 if __name__ == "__main__":
