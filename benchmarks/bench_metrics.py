@@ -1,46 +1,37 @@
-"""raysseg's metrics against others' code, which is named by folders of its repositories; without these, mIoU alone.
+"""Metrics against others' code, from the same masks, which find the same numbers.
 
-mIoU and Boundary IoU over CamVid's validation masks, PQ and Boundary PQ over COCO panoptic's and reference predictions.
+miou: over CamVid's validation masks, against the algorithm of evaluate's `mean_iou`. mask_ap: from dense masks to AP,
+encoding included, against pycocotools. boundary_ap: from RLE, against boundary-iou-api. boundary_iou: of label maps,
+against its functions. pq: from files, decoded files and maps, against panopticapi; Boundary PQ against boundary-iou-api.
+The parts whose peer is a repository run where a checkout of it is named.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import io
-import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
-from unittest.mock import patch
 
 import cv2
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
+from benchmarks import instance_sides, panoptic_sides
 from benchmarks.results import compare, device_name, write_result
-from raysseg.config import CocoPanopticSource, MasksSource
+from raysseg.config import MasksSource
 from raysseg.data import read_class_map, read_index, read_samples
-from raysseg.data.coco_panoptic import number_segments
 from raysseg.data.index import Failure
-from raysseg.masks import IdMap, LabelMap, SegmentMap, to_dense, to_segment_map
-from raysseg.metrics import Measure, Metrics
-from raysseg.metrics.boundary import BoundaryIou
-from raysseg.metrics.panoptic import BoundaryPanopticQuality, PanopticQuality
+from raysseg.masks import IdMap, LabelMap, to_dense
+from raysseg.metrics import Metrics
 from raysseg.schema import ClassMap
 
 SHIFT = (6, 9)  # pixels down and across by which the predictions are off
 
 Pairs = Sequence[tuple[IdMap, IdMap]]
 """Prediction and truth, (H, W) each."""
+Rows = list[dict[str, str | float]]
+Settings = dict[str, object]
 
 
 def our_mean_iou(pairs: Pairs, classes: ClassMap) -> float:
@@ -82,191 +73,7 @@ def masks_per_s(mean_iou: Callable[[Pairs, ClassMap], float], pairs: Pairs, clas
     return len(pairs) / (time.perf_counter() - started)
 
 
-# --- boundaries of label maps -------------------------------------------------------------------------------------
-
-
-def our_boundary_iou(pairs: Pairs, classes: ClassMap) -> float:
-    measure = BoundaryIou(classes)
-    views = [[LabelMap(ids, classes.ignore) for ids in pair] for pair in pairs]
-    return measure.compute([measure.count(*view) for view in views])["boundary_iou"]
-
-
-def boundary_iou_mask_by_mask(mask_to_boundary: Callable[[IdMap], IdMap], pairs: Pairs, classes: ClassMap) -> float:
-    """With the function of boundary-iou-api, for each class that an image has; no mask ends at ignored pixels."""
-    common, union, labelled = np.zeros((3, len(classes)))
-    for pair in pairs:
-        is_ignored = pair[1] == classes.ignore
-        for class_id in np.union1d(*pair):
-            if class_id == classes.ignore:
-                continue
-            masks = [((ids == class_id) | is_ignored).view(np.uint8) for ids in pair]
-            predicted, true = (mask_to_boundary(mask).view(np.bool_) & ~is_ignored for mask in masks)
-            common[class_id] += np.count_nonzero(predicted & true)
-            union[class_id] += np.count_nonzero(predicted | true)
-            labelled[class_id] += np.count_nonzero(true)
-    return float((common[labelled > 0] / union[labelled > 0]).mean())
-
-
-def boundary_row(peer: str, pairs: Pairs, classes: ClassMap, rounds: int) -> dict[str, str | float]:
-    functions = _import_from(peer, "boundary_iou.utils.boundary_utils")
-    sides = (our_boundary_iou, partial(boundary_iou_mask_by_mask, functions.mask_to_boundary))
-    return _alternate(
-        "Boundary IoU, masks/CPU s", [partial(side, pairs, classes) for side in sides], len(pairs), rounds
-    )
-
-
-# --- panoptic -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Panoptic:
-    """Truth and predictions of COCO panoptic, (truth, prediction) throughout.
-
-    Attributes:
-        sources: the files.
-        annotations: of each image, as the JSON files hold them.
-        pictures: decoded PNG files by path, (H, W, 3) uint8.
-        folders: of the PNG files.
-        categories: as the JSON files hold them.
-    """
-
-    sources: tuple[CocoPanopticSource, CocoPanopticSource]
-    annotations: list[tuple[dict[str, Any], dict[str, Any]]]
-    pictures: dict[str, npt.NDArray[np.uint8]]
-    folders: tuple[str, str]
-    categories: list[dict[str, Any]]
-
-
-def read_panoptic(data: str) -> Panoptic:
-    files = (f"{data}/coco_panoptic/annotations_val.json", f"{data}/reference/panoptic_val/pred.json")
-    folders = (f"{data}/coco_panoptic/val/panoptic", f"{data}/reference/panoptic_val/pred")
-    contents = [json.loads(Path(file).read_text()) for file in files]
-    truth, predictions = ({a["image_id"]: a for a in content["annotations"]} for content in contents)
-    pictures = {}
-    for folder, content in zip(folders, contents, strict=True):
-        for annotation in content["annotations"]:
-            path = f"{folder}/{annotation['file_name']}"
-            pictures[path] = np.array(Image.open(path).convert("RGB"))
-    sources = [
-        CocoPanopticSource(format="coco_panoptic", annotations=file, masks=folder)
-        for file, folder in zip(files, folders, strict=True)
-    ]
-    pairs = [(truth[i], predictions[i]) for i in truth]
-    return Panoptic((sources[0], sources[1]), pairs, pictures, folders, contents[0]["categories"])
-
-
-def our_pq_of_files(panoptic: Panoptic, classes: ClassMap) -> float:
-    """Reads the files and the JSON, several files at a time; everything that `raysseg evaluate` does on one core."""
-    views = []
-    for source in panoptic.sources:
-        samples = read_samples(read_index(source), with_images=False)
-        views.append({s.sample_id: to_segment_map(s, classes) for s in samples if not isinstance(s, Failure)})
-    metric = Metrics("panoptic", classes)
-    for sample_id, truth in views[0].items():
-        metric.update(sample_id, views[1][sample_id], truth)
-    return metric.compute()["pq"]
-
-
-def iter_segments(panoptic: Panoptic, classes: ClassMap) -> Iterator[tuple[SegmentMap, SegmentMap]]:
-    """(Prediction, truth) of decoded PNG files."""
-    for pair in panoptic.annotations:
-        truth, prediction = (
-            _to_segments(panoptic.pictures[f"{folder}/{a['file_name']}"], a["segments_info"], classes)
-            for folder, a in zip(panoptic.folders, pair, strict=True)
-        )
-        yield prediction, truth
-
-
-def _to_segments(pixels: npt.NDArray[np.uint8], entries: list[dict[str, Any]], classes: ClassMap) -> SegmentMap:
-    return SegmentMap(
-        number_segments(pixels, [entry["id"] for entry in entries]),
-        np.array([classes.index_of[entry["category_id"]] for entry in entries], np.int64),
-        np.array([entry.get("iscrowd", 0) for entry in entries], np.bool_),
-    )
-
-
-def our_quality(measure: Measure, name: str, views: Callable[[], Iterable[tuple[SegmentMap, SegmentMap]]]) -> float:
-    return measure.compute([measure.count(*pair) for pair in views()])[name]
-
-
-def published_quality(
-    peer: ModuleType, panoptic: Panoptic, pictures: Mapping[str, npt.NDArray[np.integer]] | None, *options: object
-) -> float:
-    """The peer's single core; with `pictures`, RGB or (H, W) segment ids, it opens these instead of files."""
-    opened = nullcontext() if pictures is None else patch.object(peer, "Image", SimpleNamespace(open=pictures.get))
-    has_ids = pictures is not None and next(iter(pictures.values())).ndim == 2
-    numbered = patch.object(peer, "rgb2id", lambda ids: ids) if has_ids else nullcontext()
-    categories = {category["id"]: category for category in panoptic.categories}
-    with opened, numbered, redirect_stdout(io.StringIO()):
-        counts = peer.pq_compute_single_core(0, panoptic.annotations, *panoptic.folders, categories, *options)
-    return float(counts.pq_average(categories, isthing=None)[0]["pq"])
-
-
-def panoptic_rows(peers: Sequence[str], data: str, rounds: int) -> list[dict[str, str | float]]:
-    """PQ from files, from decoded files and from (H, W) maps of segments; Boundary PQ from decoded files and from maps.
-
-    From files ours reads the JSON too, which the peer is given. From decoded files both turn colours into segments.
-    """
-    panoptic = read_panoptic(data)
-    classes = read_class_map(None, panoptic.sources[0])
-    official = _import_from(peers[0], "panopticapi.evaluation")
-    boundary = _import_from(peers[1], "boundary_iou.coco_panoptic_api.evaluation")
-    decode = partial(iter_segments, panoptic, classes)
-    maps = list(decode())
-    ids = {path: official.rgb2id(picture.astype(np.uint32)) for path, picture in panoptic.pictures.items()}
-    pq = partial(our_quality, PanopticQuality(classes), "pq")
-    boundary_pq = partial(our_quality, BoundaryPanopticQuality(classes), "boundary_pq")
-    peer_pq = partial(published_quality, official, panoptic)
-    contests = {
-        "PQ from PNG files": (partial(our_pq_of_files, panoptic, classes), partial(peer_pq, None)),
-        "PQ from decoded PNG": (partial(pq, decode), partial(peer_pq, panoptic.pictures)),
-        "PQ from maps": (partial(pq, lambda: maps), partial(peer_pq, ids)),
-        "Boundary PQ from decoded PNG": (
-            partial(boundary_pq, decode),
-            partial(published_quality, boundary, panoptic, panoptic.pictures, "boundary", 0.02),
-        ),
-        "Boundary PQ from maps": (
-            partial(boundary_pq, lambda: maps),
-            partial(published_quality, boundary, panoptic, ids, "boundary", 0.02),
-        ),
-    }
-    return [_alternate(f"{what}, images/CPU s", sides, len(maps), rounds) for what, sides in contests.items()]
-
-
-# --- all ----------------------------------------------------------------------------------------------------------
-
-
-def _import_from(folder: str, module: str) -> ModuleType:
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(module)
-
-
-def _alternate(what: str, sides: Sequence[Callable[[], float]], num_items: int, rounds: int) -> dict[str, str | float]:
-    """Items a second of CPU time, of both sides in turns; they find the same number."""
-    values = [side() for side in sides]
-    assert abs(values[0] - values[1]) < 1e-9, (what, values)
-    rates = []
-    for _ in range(rounds):
-        seconds = []
-        for side in sides:
-            started = time.process_time()
-            side()
-            seconds.append(time.process_time() - started)
-        rates.append([num_items / s for s in seconds])
-    ours, peer = zip(*rates, strict=True)
-    return compare(what, ours, peer, ">= 5" if "Boundary" in what else ">= 10")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=os.environ.get("RAYSSEG_DATA", "../shared/data"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--masks", type=int, help="as many only (default: all)")
-    parser.add_argument("--panopticapi", help="folder of a checkout of cocodataset/panopticapi")
-    parser.add_argument("--boundary-iou-api", help="folder of a checkout of bowenc0221/boundary-iou-api")
-    options = parser.parse_args()
-    cv2.setNumThreads(1)
+def miou_rows(options: argparse.Namespace) -> tuple[Rows, Settings]:
     pairs, classes = read_pairs(f"{options.data}/camvid", options.masks)
     sides = (our_mean_iou, published_mean_iou)
     values = [mean_iou(pairs, classes) for mean_iou in sides]
@@ -277,16 +84,89 @@ def main() -> None:
         "masks": len(pairs),
         "size": pairs[0][0].shape,
         "classes": len(classes),
-        "rounds": options.rounds,
-        "peer": "the algorithm of evaluate's mean_iou, written from its description; panopticapi; boundary-iou-api",
+        "peer": "the algorithm of evaluate's mean_iou, written from its description",
         "miou": {"ours": values[0], "peer": values[1]},
     }
-    rows = [compare("mIoU, masks/s", ours, peer, ">= 5")]
-    if options.boundary_iou_api:
-        rows.append(boundary_row(options.boundary_iou_api, pairs, classes, options.rounds))
-    if options.panopticapi and options.boundary_iou_api:
-        rows += panoptic_rows((options.panopticapi, options.boundary_iou_api), options.data, options.rounds)
-    write_result("metrics", device_name(), rows, settings)
+    return [compare("mIoU, masks/s", ours, peer, ">= 5")], settings
+
+
+def ap_rows(
+    what: str, sides: Sequence[instance_sides.Side], peer: str, options: argparse.Namespace
+) -> tuple[Rows, Settings]:
+    """Images a second of both sides, in turns, of each reference."""
+    rows, settings = [], {"peer": peer}
+    for name in instance_sides.FILES:
+        images, classes = instance_sides.read_images(f"{options.data}/reference", name)
+        rates = []
+        for _ in range(options.rounds):
+            clocks = [instance_sides.Clock() for _ in sides]
+            values = [side(images, classes, clock) for side, clock in zip(sides, clocks, strict=True)]
+            assert np.allclose(*values, rtol=0, atol=1e-9, equal_nan=True), values
+            rates.append([len(images) / clock.seconds for clock in clocks])
+        ours, theirs = zip(*rates, strict=True)
+        rows.append(compare(f"{what} of {name}, images/s", ours, theirs, ">= 5"))
+        counts = [sum(len(getattr(image, side)) for image in images) for side in ("prediction", "truth")]
+        settings[name] = {"images": len(images), "detections": counts[0], "instances": counts[1], "ap": values[0][0]}
+    return rows, settings
+
+
+def mask_ap_rows(options: argparse.Namespace) -> tuple[Rows, Settings]:
+    sides = (instance_sides.our_mask_ap, instance_sides.their_mask_ap)
+    return ap_rows("mask AP", sides, "pycocotools, masks encoded one by one", options)
+
+
+def boundary_ap_rows(options: argparse.Namespace) -> tuple[Rows, Settings]:
+    sides = (instance_sides.our_boundary_ap, partial(instance_sides.their_boundary_ap, options.boundary_iou_api))
+    return ap_rows("Boundary AP", sides, f"boundary-iou-api, in {os.cpu_count()} processes; ours in one", options)
+
+
+def boundary_iou_rows(options: argparse.Namespace) -> tuple[Rows, Settings]:
+    pairs, classes = read_pairs(f"{options.data}/camvid", options.masks)
+    row = panoptic_sides.boundary_row(options.boundary_iou_api, pairs, classes, options.rounds)
+    return [row], {"peer": "boundary-iou-api's mask_to_boundary, class by class", "masks": len(pairs)}
+
+
+def pq_rows(options: argparse.Namespace) -> tuple[Rows, Settings]:
+    peers = (options.panopticapi, options.boundary_iou_api)
+    return panoptic_sides.panoptic_rows(peers, options.data, options.rounds), {"peer": "panopticapi, boundary-iou-api"}
+
+
+PARTS = {
+    "miou": miou_rows,
+    "mask_ap": mask_ap_rows,
+    "boundary_ap": boundary_ap_rows,
+    "boundary_iou": boundary_iou_rows,
+    "pq": pq_rows,
+}
+NEEDS = {
+    "boundary_ap": ["boundary_iou_api"],
+    "boundary_iou": ["boundary_iou_api"],
+    "pq": ["panopticapi", "boundary_iou_api"],
+}
+"""The checkouts that a part compares with."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default=os.environ.get("RAYSSEG_DATA", "../shared/data"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--masks", type=int, help="as many only, of mIoU (default: all)")
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="default: all whose peer is at hand")
+    parser.add_argument("--panopticapi", help="folder of a checkout of cocodataset/panopticapi")
+    parser.add_argument("--boundary-iou-api", help="folder of a checkout of bowenc0221/boundary-iou-api")
+    options = parser.parse_args()
+    missing = {part: [need for need in NEEDS.get(part, []) if not getattr(options, need)] for part in PARTS}
+    parts = options.part or [part for part in PARTS if not missing[part]]
+    for part in parts:
+        if missing[part]:
+            parser.error(f"{part} needs --{missing[part][0].replace('_', '-')}")
+    cv2.setNumThreads(1)
+    rows: Rows = []
+    settings: Settings = {"rounds": options.rounds}
+    for part in parts:
+        found, settings[part] = PARTS[part](options)
+        rows += found
+    write_result("metrics" if parts == list(PARTS) else f"metrics-{'-'.join(parts)}", device_name(), rows, settings)
 
 
 if __name__ == "__main__":

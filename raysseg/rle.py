@@ -27,44 +27,53 @@ def from_mask(mask: Mask) -> bytes:
     return from_masks(mask[None])[0]
 
 
-def from_masks(masks: npt.NDArray[np.bool_] | Sequence[Mask]) -> list[bytes]:
-    """Compresses masks of one size, (N, H, W): the bytes of pycocotools, without turning the masks' axes first."""
+def from_masks(masks: npt.NDArray[np.bool_]) -> list[bytes]:
+    """Compresses masks, (N, H, W), to the bytes of pycocotools, which would need them turned to columns first."""
     if not len(masks):
         return []
-    changes = np.zeros(-(-masks[0].size // 8) * 8, np.bool_)  # of one mask after the other, in whole words
-    edges = [_edges(np.ascontiguousarray(mask, np.bool_), changes) for mask in masks]
-    ends = np.array([len(found) for found in edges]).cumsum()
-    places = np.concatenate(edges)
-    runs = np.diff(places, prepend=0)
-    is_first = np.zeros(len(runs), np.bool_)
-    is_first[ends[:-1]] = True
-    runs[is_first] = places[is_first]
-    return _compress(runs, ends)
-
-
-def _edges(mask: Mask, changes: Mask) -> Runs:
-    """Where the runs of a mask end, counted down the columns; the last one ends with the image."""
-    height, width = mask.shape
-    rows = changes[: mask.size].reshape(height, width)
-    rows[0, 0] = mask[0, 0]
-    np.bitwise_xor(mask[0, 1:], mask[-1, :-1], out=rows[0, 1:])  # a column goes on from the foot of the last one
-    np.bitwise_xor(mask[1:], mask[:-1], out=rows[1:])
-    words = np.flatnonzero(changes.view(np.uint64) != 0)  # most runs of 8 pixels hold no change
-    found = np.flatnonzero(changes.reshape(-1, 8)[words])
-    places = words[found >> 3] * 8 + (found & 7)
-    row = places // width
-    edges = np.append((places - row * width) * height + row, mask.size)
+    num_masks, height, width = masks.shape
+    size = height * width
+    number, place = _changes(np.ascontiguousarray(masks))
+    row = place // width
+    edges = number * size + (place - row * width) * height + row  # down the columns of one mask after the other
+    edges = np.append(edges, np.arange(1, num_masks + 1) * size)
     edges.sort()
-    return edges
+    return _compress(np.diff(edges, prepend=0), np.bincount(number, minlength=num_masks) + 1)
 
 
-def _compress(runs: Runs, ends: npt.NDArray[np.int64]) -> list[bytes]:
-    """The text of runs that stand one mask after the other; `ends` are the numbers of runs up to each mask's last."""
-    place = np.arange(len(runs)) - np.repeat(np.append(0, ends[:-1]), np.diff(ends, prepend=0))
+def _changes(masks: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where pixels differ from the one before, down the columns: numbers of masks, and places along the rows.
+
+    Before the head of a column is the foot of the last one; before the first pixel, background.
+    """
+    num_masks, height, width = masks.shape
+    size = height * width
+    pixels = masks.view(np.uint8).reshape(num_masks, size)
+    end = (height - 1) * width // 8 * 8  # of whole words of 8 pixels below the first row, of which few hold a change
+    words, changes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for mask in pixels:
+        lower, upper = mask[width : width + end].view(np.uint64), mask[:end].view(np.uint64)
+        words.append(np.flatnonzero(lower != upper))
+        changes.append(lower[words[-1]] ^ upper[words[-1]])
+    found = np.flatnonzero(np.concatenate(changes).view(np.bool_))
+    owner = np.arange(-1, num_masks).repeat([len(part) for part in words])
+    number, place = owner[found >> 3], np.concatenate(words)[found >> 3] * 8 + (found & 7) + width
+    rest = np.concatenate([pixels[:, :width], pixels[:, width + end :] ^ pixels[:, end : size - width]], axis=1)
+    rest[:, 1:width] ^= pixels[:, size - width : -1]
+    of_rest, column = np.divmod(np.flatnonzero(rest.view(np.bool_)), rest.shape[1])
+    column[column >= width] += end
+    return np.append(number, of_rest), np.append(place, column)
+
+
+def _compress(runs: Runs, counts: npt.NDArray[np.int64]) -> list[bytes]:
+    """The text of runs that stand one mask after the other, so many a mask."""
+    ends = counts.cumsum()
     numbers = runs.copy()
-    numbers[2:] -= np.where(place[2:] > 2, runs[:-2], 0)
-    size = np.where(numbers < 0, ~numbers, numbers)
-    lengths = np.searchsorted(_ROOM, size, side="right") + 1  # parts of five bits, the sign in the last one's highest
+    numbers[2:] -= runs[:-2]
+    whole = np.add.outer(ends - counts, np.arange(3)).clip(max=len(runs) - 1)  # the first three are no differences
+    numbers[whole] = runs[whole]
+    _, bits = np.frexp(numbers ^ (numbers >> 63))
+    lengths = (bits + 5) // 5  # parts of five bits, of which the last one's highest is the sign
     stops = lengths.cumsum()
     part = np.arange(stops[-1]) - (stops - lengths).repeat(lengths)
     text = (numbers.repeat(lengths) >> (5 * part)) & 31
@@ -72,10 +81,6 @@ def _compress(runs: Runs, ends: npt.NDArray[np.int64]) -> list[bytes]:
     text[stops - 1] -= 32
     written = text.astype(np.uint8).tobytes()
     return [written[start:stop] for start, stop in pairwise([0, *stops[ends - 1].tolist()])]
-
-
-_ROOM = 1 << np.arange(4, 64, 5)
-"""What a number must fall short of, to fit in 1, 2, 3, ... parts."""
 
 
 def from_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bytes:

@@ -78,7 +78,7 @@ class _AveragePrecision:
         """Its AP over all areas, of the classes that its truth holds."""
         detections, _, numbers = self._gather([record])
         by_class = self._by_class(detections, numbers)
-        return _mean(np.array([_precision(rows, int(numbers[i, 0]), 0) for i, rows in by_class]))
+        return _mean(np.array([_precision(rows, numbers[i, :1]) for i, rows in by_class]))
 
     def compute(self, records: Sequence[bytes]) -> dict[str, float]:
         """All numbers by name; NaN where the truth holds nothing to find."""
@@ -87,8 +87,7 @@ class _AveragePrecision:
         precision = np.full((len(self._names), len(_RANGES), len(_IOUS)), np.nan)
         recall = np.full((len(self._names), len(_RANGES), len(_MOST), len(_IOUS)), np.nan)
         for i, rows in self._by_class(detections[order], numbers):
-            for j in np.flatnonzero(numbers[i]):
-                precision[i, j] = _precision(rows, int(numbers[i, j]), int(j))
+            precision[i] = _precision(rows, numbers[i])
         for m, most in enumerate(_MOST):
             hits = np.zeros((len(self._names), len(_RANGES), len(_IOUS)))
             np.add.at(hits, detections["class"][rank < most], _flags(detections["hit"][rank < most]))
@@ -194,9 +193,17 @@ def _match(ious: Floats, is_apart: Flags, is_crowd: Flags) -> tuple[Flags, Flags
     floors = np.minimum(_IOUS, 1 - 1e-10)
     hits = np.zeros((len(_RANGES), len(_IOUS), len(ious)), np.bool_)
     misses = np.ones_like(hits)
+    is_near = ious >= floors[0]
+    num_near = is_near.sum(axis=1)
+    is_free = (is_near.sum(axis=0) == 1) | is_crowd  # no two detections want it
+    alone, only = np.nonzero(is_near & is_free & (num_near == 1)[:, None])
+    is_open = ious[alone, only] >= floors[:, None]
+    hits[..., alone] = is_open & ~is_apart[:, None, only]
+    misses[..., alone] = ~is_open
+    num_near[alone] = 0
     is_taken = np.zeros((len(_RANGES), len(_IOUS), ious.shape[1]), np.bool_)
-    for i in np.flatnonzero((ious >= floors[0]).any(axis=1)):
-        near = np.flatnonzero(ious[i] >= floors[0])
+    for i in np.flatnonzero(num_near):
+        near = np.flatnonzero(is_near[i])
         near = near[ious[i, near].argsort(kind="stable")]
         is_open = (ious[i, near] >= floors[:, None]) & ~is_taken[..., near]  # (4, 10, n)
         preference = 1 + np.arange(len(near)) + len(near) * ~is_apart[:, None, near]
@@ -295,28 +302,27 @@ def _flags(packed: npt.NDArray[np.uint8]) -> Flags:
     return np.unpackbits(packed, axis=-1, count=len(_IOUS)).view(np.bool_)
 
 
-def _precision(detections: Rows, number: int, j: int) -> Floats:
-    """AP of one class in one range of area, by IoU, (10,).
+def _precision(detections: Rows, numbers: npt.NDArray[np.int64]) -> Floats:
+    """AP of one class in the first R ranges of area, by IoU, (R, 10); NaN where there is nothing to find.
 
     It is the mean over 101 recalls of the highest precision at that recall or a higher one, 0 where it is not reached.
 
     Args:
-        detections: from the highest score to the lowest.
-        number: instances that count.
-        j: which range.
+        detections: (N,) from the highest score to the lowest.
+        numbers: (R,) instances that count.
     """
-    if not len(detections):
-        return np.zeros(len(_IOUS))
-    hits, misses = (_flags(detections[name][:, j]).T for name in ("hit", "miss"))  # (10, N)
-    num_hits = hits.cumsum(axis=1)
-    precision = num_hits / (num_hits + misses.cumsum(axis=1) + np.spacing(1))
-    highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    by_hits = np.zeros((len(_IOUS), number + 1))  # the precision once so many instances are found
-    by_hits[:, 0] = highest[:, 0]
-    threshold, place = hits.nonzero()
-    by_hits[threshold, num_hits[threshold, place]] = highest[threshold, place]
-    needed = np.searchsorted(np.arange(number + 1) / number, _RECALLS)
-    average: Floats = by_hits[:, needed].mean(axis=1)
+    hits, misses = (_flags(detections[name][:, : len(numbers)]).transpose(1, 2, 0) for name in ("hit", "miss"))
+    num_hits = hits.cumsum(axis=2)  # (R, 10, N)
+    precision = num_hits / (num_hits + misses.cumsum(axis=2) + np.spacing(1))
+    highest = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+    by_hits = np.zeros((*hits.shape[:2], numbers.max() + 1))  # the precision once so many instances are found
+    by_hits[..., :1] = highest[..., :1].sum(axis=2, keepdims=True)  # 0 without detections
+    place = hits.nonzero()
+    by_hits[(*place[:2], num_hits[place])] = highest[place]
+    average = np.full(hits.shape[:2], np.nan)
+    for j in np.flatnonzero(numbers):
+        needed = np.searchsorted(np.arange(numbers[j] + 1) / numbers[j], _RECALLS)
+        average[j] = by_hits[j][:, needed].mean(axis=1)
     return average
 
 
