@@ -2,8 +2,8 @@
 
 miou: over CamVid's validation masks, against the algorithm of evaluate's `mean_iou`. mask_ap: from dense masks to AP,
 encoding included, against pycocotools. boundary_ap: from RLE, against boundary-iou-api. boundary_iou: of label maps,
-against its functions. pq: from files, decoded files and maps, against panopticapi; Boundary PQ against boundary-iou-api.
-The parts whose peer is a repository run where a checkout of it is named.
+against its functions. pq: from files, decoded files and maps, against panopticapi, and Boundary PQ against
+boundary-iou-api. The parts whose peer is a repository run where a checkout of it is named.
 """
 
 from __future__ import annotations
