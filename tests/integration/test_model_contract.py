@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from raysseg import bundle as bundles
@@ -217,20 +215,6 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(name: str, task: Task
         assert np.isfinite(apart)
     else:
         assert apart < 1e-5 * largest
-
-
-def work(rank: int, folder: str, name: str, task: Task) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    moved = step(name, task, [slice(2 * rank, 2 * rank + 2)], torch.float32)
-    assert any(bool(m.any()) for m in moved.values())
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_distributed_training_finds_no_unused_parameter(name: str, task: Task, tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path), name, task), nprocs=2)
 
 
 def test_every_parameter_that_trains_gets_a_gradient(name: str, task: Task) -> None:
