@@ -6,9 +6,10 @@ be decided anywhere. Each of its pixels is the sum, in the grid's order, of the 
 tile scored on its own. So the bits are the same however an image is cut into blocks, as long as the machines that score
 tiles give the same bits for the same tile (same device, same number of threads).
 
-Of a block, the sums of those rows are held that a further tile will add to, over the block's width: what is held does
-not grow with the image. Tiles that reach into several blocks are scored once for each: with blocks of ``COLUMNS`` cells
-across, every eighth column of tiles twice, and none where an image is no wider.
+A cell is decided as soon as its own tile is scored, the last one that covers it. What is held of a block are the sums
+that further tiles add to: the overlap with the next row of tiles, over the block's width, and with the next tile. It
+does not grow with the image. Tiles that reach into several blocks are scored once for each: with blocks of ``COLUMNS``
+cells across one column of tiles in eight, and none where an image is no wider.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from raysseg.data.decode import Pixels
 from raysseg.masks import IdMap
 from raysseg.schema import ClassMap
 
-COLUMNS = 8  # cells across a block: one column of tiles in nine is scored twice
+COLUMNS = 8  # cells across a block
 
 
 class Block(NamedTuple):
@@ -106,7 +107,7 @@ def iter_labels(
     blend: Blend = "gaussian",
     device: torch.device | None = None,
 ) -> Iterator[Labelled]:
-    """Decides a block, a row of cells at a time, from its top to its bottom.
+    """Decides a block, cell by cell in the grid's order.
 
     Args:
         image: (H, W, 3) RGB; it is read in windows of a tile's height and the block's width.
@@ -119,20 +120,21 @@ def iter_labels(
     """
     assert image.shape[:2] == grid.size, (image.shape, grid.size)
     height, width = grid.tile_size
-    columns = _covering(grid.lefts, width, block.columns)
-    lefts = grid.lefts[columns.start : columns.stop]
-    span = slice(grid.lefts[block.columns.start], _end(grid.lefts, block.columns, grid.size[1]))
+    rows, columns = _covering(grid.tops, height, block.rows), _covering(grid.lefts, width, block.columns)
+    start, stop = grid.lefts[columns.start], grid.lefts[columns[-1]] + width
     weights = importance((height, width), blend).to(device)
-    sums = torch.zeros(len(classes), height, span.stop - span.start, device=device)  # of a row of tiles, (C, h, W)
-    for row in _covering(grid.tops, height, block.rows):
-        rows = slice(grid.tops[row], _end(grid.tops, range(row, row + 1), grid.size[0]))
-        strip = image[rows.start : rows.start + height, lefts[0] : lefts[-1] + width]
-        for left in lefts:
-            tile = strip[:, left - lefts[0] : left - lefts[0] + width]
-            _add(sums, _weighted(score, tile, weights), left - span.start)
-        if row in block.rows:
-            yield Labelled(rows, span, _decide(sums[:, : rows.stop - rows.start], classes))
-        _shift(sums, rows.stop - rows.start)
+    downs = [slice(grid.tops[row], _end(grid.tops, row, grid.size[0])) for row in rows]
+    most = max(height - (down.stop - down.start) for down in downs)
+    open_sums = _OpenSums((len(classes), most, stop - start), device)
+    for row, down in zip(rows, downs, strict=True):
+        strip = image[down.start : down.start + height, start:stop]
+        for column in columns:
+            across = slice(grid.lefts[column], _end(grid.lefts, column, grid.size[1]))
+            left, cell = across.start - start, (down.stop - down.start, across.stop - across.start)
+            sums = open_sums.add(_weighted(score, strip[:, left : left + width], weights), left, cell)
+            if row in block.rows and column in block.columns:
+                yield Labelled(down, across, _decide(sums, classes))
+        open_sums.end_row(height - (down.stop - down.start))
 
 
 def importance(size: tuple[int, int], blend: Blend) -> Tensor:
@@ -161,9 +163,48 @@ def _covering(starts: tuple[int, ...], side: int, cells: range) -> range:
     return range(first, cells[-1] + 1)
 
 
-def _end(starts: tuple[int, ...], cells: range, side: int) -> int:
-    """The first pixel behind some cells."""
-    return starts[cells[-1] + 1] if cells[-1] + 1 < len(starts) else side
+def _end(starts: tuple[int, ...], cell: int, side: int) -> int:
+    """The first pixel behind a cell."""
+    return starts[cell + 1] if cell + 1 < len(starts) else side
+
+
+class _OpenSums:
+    """Sums of the pixels that a further tile of a block adds to: those below the decided cells, and those beside them.
+
+    Args:
+        shape: (classes, most rows that are open below, columns of the block's tiles).
+        device: where the scores lie.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device | None) -> None:
+        self._below = torch.zeros(shape, device=device)  # of the row of tiles above, from this row's first pixel on
+        self._num_rows = 0  # of them that count
+        self._beside = self._below[:, :0, :0]  # of the tile before, from this tile's first column on
+
+    @torch.inference_mode()
+    def add(self, scores: Tensor, left: int, cell: tuple[int, int]) -> Tensor:
+        """Adds a tile, the next one of its row.
+
+        Args:
+            scores: (C, h, w), weighted; overwritten.
+            left: the tile's first column in the block.
+            cell: (height, width) of its cell.
+
+        Returns:
+            The sums of the cell, which no further tile adds to.
+        """
+        (_, height, width), (rows, columns) = scores.shape, cell
+        if done := self._beside.shape[2]:  # these columns hold what is below, too
+            scores[:, :, :done].add_(self._beside)
+        scores[:, : self._num_rows, done:].add_(self._below[:, : self._num_rows, left + done : left + width])
+        self._beside = scores[:, :, columns:].clone()
+        self._below[:, : height - rows, left : left + columns] = scores[:, rows:, :columns]
+        return scores[:, :rows, :columns]
+
+    def end_row(self, num_rows: int) -> None:
+        """Turns to the next row of tiles, whose first rows are open."""
+        self._num_rows = num_rows
+        self._beside = self._below[:, :0, :0]
 
 
 @torch.inference_mode()
@@ -173,22 +214,7 @@ def _weighted(score: Callable[[Pixels], Tensor], tile: Pixels, weights: Tensor) 
 
 
 @torch.inference_mode()
-def _add(sums: Tensor, scores: Tensor, left: int) -> None:
-    """Adds those of a tile's columns that are asked for; its first one lies at `left`, which may be outside."""
-    start, stop = max(0, left), min(sums.shape[2], left + scores.shape[2])
-    sums[:, :, start:stop].add_(scores[:, :, start - left : stop - left])
-
-
-@torch.inference_mode()
 def _decide(sums: Tensor, classes: ClassMap) -> IdMap:
     indices = sums.argmax(0).to(torch.uint8 if classes.dtype is np.uint8 else torch.int32)
     labels: IdMap = indices.cpu().numpy().astype(classes.dtype, copy=False)
     return labels
-
-
-@torch.inference_mode()
-def _shift(sums: Tensor, rows: int) -> None:
-    """Drops the first rows, which no further tile reaches, and makes room for as many at the end."""
-    rest = sums[:, rows:].clone()
-    sums[:, : rest.shape[1]] = rest
-    sums[:, rest.shape[1] :] = 0
