@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +130,9 @@ def our_boundary_ap(images: Sequence[Image], classes: ClassMap, clock: Clock) ->
 def their_boundary_ap(folder: str, images: Sequence[Image], classes: ClassMap, clock: Clock) -> list[float]:
     """The same by boundary-iou-api, of which `folder` is a checkout; it draws boundaries in a process a core."""
     np.float = float  # type: ignore[attr-defined]  # which numpy had when it was written
+    for name in ("pyplot", "collections", "patches"):  # which it imports, and draws with elsewhere
+        sys.modules.setdefault(f"matplotlib.{name}", MagicMock())
+    sys.modules.setdefault("matplotlib", MagicMock())
     api = _import_from(folder, "boundary_iou.coco_instance_api.coco")
     evaluation = _import_from(folder, "boundary_iou.coco_instance_api.cocoeval")
     entries = [

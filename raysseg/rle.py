@@ -50,14 +50,11 @@ def _changes(masks: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.N
     size = height * width
     pixels = masks.view(np.uint8).reshape(num_masks, size)
     end = (height - 1) * width // 8 * 8  # of whole words of 8 pixels below the first row, of which few hold a change
-    words, changes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-    for mask in pixels:
-        lower, upper = mask[width : width + end].view(np.uint64), mask[:end].view(np.uint64)
-        words.append(np.flatnonzero(lower != upper))
-        changes.append(lower[words[-1]] ^ upper[words[-1]])
-    found = np.flatnonzero(np.concatenate(changes).view(np.bool_))
-    owner = np.arange(-1, num_masks).repeat([len(part) for part in words])
-    number, place = owner[found >> 3], np.concatenate(words)[found >> 3] * 8 + (found & 7) + width
+    lower, upper = pixels[:, width : width + end].view(np.uint64), pixels[:, :end].view(np.uint64)
+    parts = [np.flatnonzero(one != other) for one, other in zip(lower, upper, strict=True)]
+    owner, word = np.arange(num_masks).repeat([len(part) for part in parts]), np.concatenate(parts)
+    found = np.flatnonzero((lower[owner, word] ^ upper[owner, word]).view(np.bool_))
+    number, place = owner[found >> 3], word[found >> 3] * 8 + (found & 7) + width
     rest = np.concatenate([pixels[:, :width], pixels[:, width + end :] ^ pixels[:, end : size - width]], axis=1)
     rest[:, 1:width] ^= pixels[:, size - width : -1]
     of_rest, column = np.divmod(np.flatnonzero(rest.view(np.bool_)), rest.shape[1])
@@ -70,7 +67,7 @@ def _compress(runs: Runs, counts: npt.NDArray[np.int64]) -> list[bytes]:
     ends = counts.cumsum()
     numbers = runs.copy()
     numbers[2:] -= runs[:-2]
-    whole = np.add.outer(ends - counts, np.arange(3)).clip(max=len(runs) - 1)  # the first three are no differences
+    whole = np.minimum((ends - counts)[:, None] + np.arange(3), len(runs) - 1)  # a mask's first three: no differences
     numbers[whole] = runs[whole]
     _, bits = np.frexp(numbers ^ (numbers >> 63))
     lengths = (bits + 5) // 5  # parts of five bits, of which the last one's highest is the sign
