@@ -59,9 +59,17 @@ def test_runs_are_pycocotools(size: tuple[int, int], share: float) -> None:
         assert np.array_equal(rle.to_mask(runs, size), mask)
         assert rle.area(runs) == mask.sum() == coco_mask.area({"size": list(size), "counts": encoded})
         assert rle.from_counts(runs.tolist(), size) == encoded
+        assert coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"] == encoded
         painted = np.full(mask.size, 7, np.uint8)
         rle.paint(painted, runs, 9)
         assert np.array_equal(painted.reshape(size[::-1]).T, np.where(mask, 9, 7))
+
+
+def test_masks_encoded_together_are_encoded_alike() -> None:
+    masks = RNG.random((9, 67, 43)) < np.linspace(0, 1, 9)[:, None, None]
+    assert rle.from_masks(masks) == [encode(mask) for mask in masks]
+    assert rle.from_masks(masks.transpose(0, 2, 1)) == [encode(mask.T) for mask in masks]
+    assert rle.from_masks(masks[:0]) == []
 
 
 @pytest.mark.parametrize(
