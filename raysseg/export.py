@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +24,8 @@ from raysseg.schema import InputError
 logger = logging.getLogger(__name__)
 
 _TRACED = (2, 3, 128, 192)  # sizes that stand for any others: no two alike, none 1
+_ODD = (93, 157)  # (height, width) at which a graph for any size is tried
+_TOLERANCE = 1e-3  # of the largest logit
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class ExportResult:
         opset: version of its operators.
         images: its input, uint8 RGB; names stand for sizes that are not fixed.
         logits: its output, float32.
+        difference: the largest between its logits, by onnxruntime, and torch's, on one image of noise.
     """
 
     name: str
@@ -42,6 +48,7 @@ class ExportResult:
     opset: int
     images: list[int | str]
     logits: list[int | str]
+    difference: float
 
 
 class _Graph(nn.Module):
@@ -61,7 +68,7 @@ def export(job: ExportJob) -> ExportResult:
     """Runs an export job. The file's metadata say what its classes are and how images are resized first.
 
     Raises:
-        InputError: the packages are missing, the model has no such graph, or none of any size.
+        InputError: the packages are missing, the model has no such graph, or none that gives torch's logits.
         StorageError: there is no whole bundle, or the output can't be written.
     """
     _require_onnx()
@@ -73,6 +80,13 @@ def export(job: ExportJob) -> ExportResult:
             "logits; allowed: semantic models that score every pixel, such as segformer-b0"
         )
     data = to_onnx(model, job.opset, job.size, _properties(bundle, job.size))
+    found, expected = _tried(data, model, job.size or _ODD)
+    difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else math.inf
+    if difference > _TOLERANCE * np.abs(expected).max():  # exporters can go wrong without a word
+        raise InputError(
+            f"size: the graph's logits are off by {difference:g} at {list(job.size or _ODD)}, so it was not written; "
+            + ("fix one, such as size=[512, 512]" if job.size is None else "try another opset, or versions of torch")
+        )
     storage.write_bytes(job.file_uri, data)
     logger.info("export: %.1f MiB", len(data) / 2**20)
     size: list[int | str] = list(job.size) if job.size is not None else ["height", "width"]
@@ -83,6 +97,7 @@ def export(job: ExportJob) -> ExportResult:
         opset=job.opset,
         images=["batch", 3, *size],
         logits=["batch", len(bundle.classes), *size],
+        difference=difference,
     )
 
 
@@ -133,6 +148,16 @@ def to_onnx(model: SegModel, opset: int, size: tuple[int, int] | None, propertie
     return data
 
 
+def _tried(data: bytes, model: SegModel, size: tuple[int, int]) -> tuple[npt.NDArray[np.float32], ...]:
+    """The logits of an image of noise by onnxruntime and by torch."""
+    import onnxruntime
+
+    noise = np.random.default_rng(0).integers(0, 256, (1, 3, *size), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        return session.run(["logits"], {"images": noise})[0], _Graph(model)(torch.from_numpy(noise)).numpy()
+
+
 def _properties(bundle: bundles.Bundle, size: tuple[int, int] | None) -> dict[str, str]:
     """What a program must know to use the graph; JSON but for words."""
     return {
@@ -147,6 +172,7 @@ def _properties(bundle: bundles.Bundle, size: tuple[int, int] | None) -> dict[st
 def _require_onnx() -> None:
     try:
         import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(

@@ -57,6 +57,7 @@ KINDS = {
 class Smp(SegModel):
     """One of smp's nets with the house's losses; images of any size are padded for it, logits are of their size."""
 
+    is_exportable = True
     head_prefixes = ("net.decoder.", "net.segmentation_head.")
     backbone_prefixes = ("net.encoder.",)
 
@@ -119,9 +120,12 @@ class Smp(SegModel):
 
 def _padded(images: Tensor) -> Tensor:
     """Images with their right and lower edges repeated, so that every stage of an encoder halves them evenly."""
-    height, width = (max(MIN_SIDE, -(-side // STRIDE) * STRIDE) for side in images.shape[-2:])
+    # as sums of positive numbers: ONNX, other than Python, divides negative ones towards zero
+    height, width = (max(MIN_SIDE, (side + STRIDE - 1) // STRIDE * STRIDE) for side in images.shape[-2:])
     below, right = height - images.shape[-2], width - images.shape[-1]
-    return nn.functional.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+    if not (torch.compiler.is_exporting() or below or right):  # a graph for any size always pads
+        return images
+    return nn.functional.pad(images, (0, right, 0, below), mode="replicate")
 
 
 def _guard_pooling(net: smp.DeepLabV3Plus, has_statistics: bool) -> None:

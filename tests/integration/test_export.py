@@ -112,6 +112,18 @@ def test_a_fixed_size_and_another_opset(bundle: Bundle, model: SegModel, tmp_pat
     assert differs(data, model, (2, 3, 64, 96)) < 1e-4
 
 
+def onnx_of_something_else() -> bytes:
+    """A graph that gives the image itself for logits."""
+    value = onnx.helper.make_tensor_value_info
+    images = value("images", onnx.TensorProto.UINT8, ["b", 3, "h", "w"])
+    logits = value("logits", onnx.TensorProto.FLOAT, ["b", 3, "h", "w"])
+    node = onnx.helper.make_node("Cast", ["images"], ["logits"], to=onnx.TensorProto.FLOAT)
+    graph = onnx.helper.make_graph([node], "other", [images], [logits])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    data: bytes = model.SerializeToString()
+    return data
+
+
 class Grey(nn.Module):
     """The least that has logits."""
 
@@ -119,11 +131,28 @@ class Grey(nn.Module):
         return Outputs({"logits": images.float().mean(1, keepdim=True)})
 
 
+@pytest.mark.parametrize("name", ["unet-tiny", "deeplabv3plus"])
+def test_padded_nets_equal_torch_at_any_size(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = "resnet18" if name == "deeplabv3plus" else None
+    net = build_model(Model(name=name, weights=None, encoder=encoder), CLASSES).eval()
+    for part, parameter in net.named_parameters():
+        if "segmentation_head" in part:
+            nn.init.normal_(parameter, std=1.0)
+    data = to_onnx(net, 20, None, {})
+    for shape in ((1, 3, 64, 64), (3, 3, 65, 97), (1, 3, 201, 130)):
+        assert differs(data, net, shape) < 1e-4, shape
+
+
 def test_what_can_not_be_exported_is_said(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = ExportJob(kind="export", name="x", bundle=bundle.uri, output=str(tmp_path / "x.onnx"))
     with monkeypatch.context() as patched:
         patched.setattr(SegFormer, "is_exportable", False)
         with pytest.raises(InputError, match="segformer-tiny for the task semantic, which has no graph"):
+            export(job)
+    with monkeypatch.context() as patched:
+        patched.setattr("raysseg.export.to_onnx", lambda *_: onnx_of_something_else())
+        with pytest.raises(InputError, match=r"logits are off by .* at \[93, 157\], so it was not written; fix one"):
             export(job)
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "onnxscript", None)
