@@ -101,7 +101,6 @@ def _eomt_tiny() -> EomtConfig:
         num_upscale_blocks=2,
         num_blocks=2,
         num_queries=32,
-        num_register_tokens=0,
         train_num_points=1024,
     )
 

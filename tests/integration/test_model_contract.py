@@ -20,7 +20,13 @@ from raysseg.masks import LabelMap, MaskSet, SegmentMap, View
 from raysseg.models import Outputs, SegModel, Targets, build_model
 from raysseg.schema import ClassMap, Task
 
-TINY = [(name, task) for name, entry in MODELS.items() if name.endswith("-tiny") for task in entry.tasks]
+FULL_SIZE = {"mask2former-swin-tiny"}  # tiny is what its authors call it
+TINY = [
+    (name, task)
+    for name, entry in MODELS.items()
+    if name.endswith("-tiny") and name not in FULL_SIZE
+    for task in entry.tasks
+]
 VIEWS: dict[Task, type] = {"semantic": LabelMap, "instance": MaskSet, "panoptic": SegmentMap}
 SIZE = (96, 96)
 NOT_EXACT = {"maskrcnn"}  # families whose loss divides by what it samples
@@ -113,7 +119,8 @@ def test_a_small_step_lowers_the_loss(name: str, task: Task) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 0.002 * before.detach() / gradient * parameter.grad
+                # enough to outweigh that queries are matched, and points chosen, anew
+                parameter -= 0.01 * before.detach() / gradient * parameter.grad
     torch.manual_seed(1)
     assert float(total(model(images, targets)).detach()) < float(before.detach())
 
