@@ -476,7 +476,7 @@ class Inference(Section):
     overlap_threshold: Share = 0.8
     """Panoptic: a segment of which others cover more than the rest is left out (MaskFormer's)."""
     max_instances: Annotated[int, Field(ge=1)] = 100
-    """Of an image, by score."""
+    """Instance: of an image, by score."""
     tile: tuple[TileSide, TileSide] | None = None
     """Semantic: (height, width) in pixels of the window that slides over an image, 64 at least; null: whole images."""
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.25
@@ -504,8 +504,8 @@ class Inference(Section):
         changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
         for key in changed:
             if task not in _TASKS_OF[key]:
-                why = "has no effect" if task == "semantic" else "has no effect yet: images go through whole and once"
-                return key, f"{why} where the task is {task}; leave it out"
+                why = " yet, since images go through whole and once" if "semantic" in _TASKS_OF[key] else ""
+                return key, f"has no effect where the task is {task}{why}; leave it out"
             if key in ("overlap", "blend") and self.tile is None:
                 return key, "has no effect without `inference.tile`; set that, or leave it out"
         if self.tile is not None and size is not None:
@@ -518,7 +518,7 @@ _TASKS_OF: dict[str, tuple[Task, ...]] = {
     "score_threshold": ("instance", "panoptic"),
     "mask_threshold": ("instance", "panoptic"),
     "overlap_threshold": ("panoptic",),
-    "max_instances": ("instance", "panoptic"),
+    "max_instances": ("instance",),
     **dict.fromkeys(("tile", "overlap", "blend", "scales", "flip"), ("semantic",)),
 }
 """Which tasks read a key of Inference."""

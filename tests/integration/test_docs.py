@@ -1,4 +1,4 @@
-"""README's Python runs as it stands."""
+"""The Python of README and the docs runs as it stands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_python_runs(
+def test_python_of_readme_and_docs_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
@@ -22,3 +22,6 @@ def test_readme_python_runs(
     exec(compile(block, "README.md", "exec"), {})
     assert "report.html" in capsys.readouterr().out
     assert (tmp_path / "runs/example-segformer/bundle/model.safetensors").exists()
+    for page in sorted((ROOT / "docs").glob("*.md")):  # with what README's has left behind
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            exec(compile(block, page.name, "exec"), {})

@@ -161,7 +161,7 @@ def test_tiles_and_views_are_for_semantic_models_alone() -> None:
         for task in ("instance", "panoptic"):
             misfit = inference.misfit(task, None)
             assert misfit is not None
-            assert f"has no effect yet: images go through whole and once where the task is {task}" in misfit[1]
+            assert f"where the task is {task} yet, since images go through whole and once" in misfit[1]
     assert Inference(score_threshold=0.3, max_instances=10).misfit("instance", (64, 64)) is None
     assert (Inference(overlap_threshold=0.3).misfit("instance", None) or "")[0] == "overlap_threshold"
 
