@@ -59,6 +59,7 @@ class Smp(SegModel):
 
     head_prefixes = ("net.decoder.", "net.segmentation_head.")
     backbone_prefixes = ("net.encoder.",)
+    is_exportable = True
 
     def __init__(
         self,
@@ -118,10 +119,12 @@ class Smp(SegModel):
 
 
 def _padded(images: Tensor) -> Tensor:
-    """Images with their right and lower edges repeated, so that every stage of an encoder halves them evenly."""
-    height, width = (max(MIN_SIDE, -(-side // STRIDE) * STRIDE) for side in images.shape[-2:])
-    below, right = height - images.shape[-2], width - images.shape[-1]
-    return nn.functional.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+    """Images with their right and lower edges repeated, so that every stage of an encoder halves them evenly.
+
+    There is no way around the padding where it is 0: an exported graph would take that way with every size.
+    """
+    below, right = (max(MIN_SIDE - side, -side % STRIDE) for side in images.shape[-2:])
+    return nn.functional.pad(images, (0, right, 0, below), mode="replicate")
 
 
 def _guard_pooling(net: smp.DeepLabV3Plus, has_statistics: bool) -> None:
