@@ -287,9 +287,10 @@ class Model(Section):
 
     name: ModelName
     weights: str | None
-    """A hub id, a local folder, an s3:// URI, or null: from scratch."""
+    """A hub id, a local folder, an s3:// URI, or null: from scratch. Where the model is of torchvision or
+    segmentation_models.pytorch, their own: `imagenet` for the encoder, `torchvision` for all of Mask R-CNN."""
     encoder: str | None = None
-    """Of models that take any: the name of a backbone in timm."""
+    """Of U-Net and DeepLabV3+: the name of an encoder in segmentation_models.pytorch or timm."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -220,14 +221,28 @@ def test_class_weights_and_encoders_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_regions", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_parameter_has_a_gradient(num_regions: int, dtype: torch.dtype) -> None:
-    model = make()
+@pytest.mark.parametrize(("is_v2", "is_pretrained"), [(False, False), (False, True), (True, False)])
+def test_every_parameter_has_a_gradient(num_regions: int, dtype: torch.dtype, is_v2: bool, is_pretrained: bool) -> None:
+    shape = replace(SHAPES["maskrcnn-tiny"], is_v2=is_v2)
+    model = MaskRcnn("maskrcnn-tiny", build_net(shape, len(CLASSES), is_pretrained=is_pretrained), CLASSES)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         losses = losses_of(model, draw((64, 96), (64, 96)), make_targets(2, num_regions))
     assert set(losses) == {"objectness", "rpn_box_reg", "classifier", "box_reg", "mask"}
     for name, gradient in gradients_of(model, losses).items():
         assert gradient is not None, name
         assert gradient.isfinite().all(), name
+    assert all(buffer.isfinite().all() for buffer in model.buffers())  # BatchNorm has seen no regions at all
+
+
+def test_boxes_keep_their_precision_in_bf16() -> None:
+    """bf16 knows multiples of 4 pixels alone from 512 on."""
+    model = make().eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        values = model(draw((64, 640))).values
+    assert (values["boxes"].dtype, values["scores"].dtype) == (torch.float32, torch.float32)
+    right = values["boxes"][:, 2]
+    right = right[(right > 512) & (right < 640)]
+    assert (right % 4 != 0).any()
 
 
 @pytest.mark.parametrize("case", ["stand-in", "all ignored", "all but a sliver ignored"])
