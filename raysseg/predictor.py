@@ -115,6 +115,7 @@ def predict(
     """
     if not inference.is_plain:
         return [_assemble(iter_labels(model, image, size, dtype, inference), image, model) for image in images]
+    model.set_limits(inference)
     device = next(model.parameters()).device
     together: dict[tuple[int, int] | None, list[int]] = {}
     for i, image in enumerate(images):

@@ -20,6 +20,10 @@ Images = Tensor | Sequence[Tensor]
 """(B, 3, H, W) RGB of 0 to 255, uint8 or floating; or B of (3, H, W), where a model takes images of different sizes."""
 
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's images in the range 0 to 1, by which most authors normalise."""
+
+
 class Regions(NamedTuple):
     """What one image's segments should come out as; crowds are not among them.
 
@@ -30,6 +34,14 @@ class Regions(NamedTuple):
 
     masks: Tensor
     class_ids: Tensor
+
+    @property
+    def boxes(self) -> Tensor:
+        """x0, y0, x1, y1 in pixels, the right and lower edges beyond the last pixel; (N, 4) int64."""
+        sides = [self.masks.any(1), self.masks.any(2)]  # (N, W), (N, H)
+        first = [side.byte().argmax(1) for side in sides]
+        beyond = [side.shape[1] - side.flip(1).byte().argmax(1) for side in sides]
+        return torch.stack([*first, *beyond], 1)
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,9 @@ class SegModel(nn.Module, ABC):
 
     def set_progress(self, progress: float) -> None:
         """Where the training stands before each step, 0 to 1; for models that anneal something."""
+
+    def set_limits(self, inference: Inference) -> None:
+        """What `decode` will be asked for, before forward passes in evaluation; for models that look for no more."""
 
     @abstractmethod
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:

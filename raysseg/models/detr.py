@@ -18,25 +18,26 @@ from transformers.models.detr.modeling_detr import (
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models import queries
-from raysseg.models.base import Images, Outputs, SegModel, Targets
-from raysseg.models.pretrained import MEAN, STD, read_config, read_net, set_classes, write_preprocessing
+from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets
+from raysseg.models.pretrained import read_config, read_net, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings
 from raysseg.schema import ClassMap, InputError, Task
 
 logger = logging.getLogger(__name__)
 
 # timm's backbone, whether its last stage is dilated (DC5), and the size of the rest
-SIZES: dict[str, tuple[str, bool, dict[str, int]]] = {
+SIZES: dict[str, tuple[str, bool, dict[str, float]]] = {
     "detr-tiny": (
-        "resnet10t",
-        False,
+        "test_resnet",
+        True,
         {
             "d_model": 64,
             "encoder_layers": 2,
             "decoder_layers": 2,
             "encoder_ffn_dim": 128,
             "decoder_ffn_dim": 128,
-            "num_queries": 30,
+            "num_queries": 20,
+            "dropout": 0.0,  # with it, learning a handful of images takes many times the steps
         },
     ),
     "detr-resnet-50": ("resnet50", False, {}),

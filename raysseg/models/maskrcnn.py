@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,13 +35,12 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 from raysseg import rle, storage
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import MaskSet, View
-from raysseg.models.base import Images, Outputs, SegModel, Targets
+from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets
 from raysseg.schema import ClassMap, InputError, Task
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "model.safetensors", "maskrcnn.json"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as torchvision
 STRIDE = 32  # of the backbone's last stage: images are padded to a multiple of it
 
 
@@ -92,8 +90,8 @@ class MaskRcnn(SegModel):
     Its losses average over the regions that it samples in a micro-batch. They are weighted by images, so that every
     image counts alike; but the gradient does depend on how a global batch is split, unlike the other models'.
 
-    Detections are the net's own: scores above 0.05, overlaps (of one class) up to 0.5, at most 100 an image. A job's
-    `inference` thins them further; it can't ask for more.
+    Detections are the net's own: scores above 0.05, overlaps (of one class) up to 0.5, as many of an image as a job's
+    `inference` asks for, which thins them further.
     """
 
     head_prefixes = tuple(f"net.{name}" for name in HEADS)
@@ -104,6 +102,10 @@ class MaskRcnn(SegModel):
         super().__init__(classes, "instance", MEAN, STD)
         self.name = name
         self.net = net
+
+    def set_limits(self, inference: Inference) -> None:
+        """See SegModel: masks are drawn for so many boxes."""
+        self.net.roi_heads.detections_per_img = inference.max_instances
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """Images."""
@@ -159,12 +161,6 @@ class MaskRcnn(SegModel):
 
     def decode(self, outputs: Outputs, sizes: Sequence[tuple[int, int]], inference: Inference) -> list[View]:
         """Instances by falling score, at each image's (height, width); those without a pixel are left out."""
-        if inference.max_instances > self.net.roi_heads.detections_per_img:
-            warnings.warn(
-                f"inference.max_instances: {inference.max_instances} has no effect beyond "
-                f"{self.net.roi_heads.detections_per_img}, which is all that Mask R-CNN looks for",
-                stacklevel=2,
-            )
         values = {name: value.detach().cpu() for name, value in outputs.values.items()}
         return [self._to_masks(values, i, size, inference) for i, size in enumerate(sizes)]
 
@@ -253,21 +249,13 @@ def _to_truth(targets: Targets, row: int, ignore: int) -> dict[str, Tensor]:
     Ignored pixels within a region's box count as not its own, which Detectron's mask loss does too.
     """
     assert targets.regions is not None
-    masks, class_ids = targets.regions[row]
-    columns, rows = masks.any(1), masks.any(2)  # (N, W), (N, H)
-    height, width = masks.shape[1:]
-    edges = [_first(columns), _first(rows), width - _first(columns.flip(1)), height - _first(rows.flip(1))]
+    regions = targets.regions[row]
     return {
-        "boxes": torch.stack(edges, dim=1).float(),
-        "labels": class_ids + 1,
-        "masks": masks.to(torch.uint8),
+        "boxes": regions.boxes.float(),
+        "labels": regions.class_ids + 1,
+        "masks": regions.masks.to(torch.uint8),
         "ignored": targets.labels[row] == ignore,
     }
-
-
-def _first(is_set: Tensor) -> Tensor:
-    """The first place of each row that is set, (N, L) -> (N,)."""
-    return is_set.to(torch.uint8).argmax(1)
 
 
 def _nothing(labels: Tensor) -> dict[str, Tensor]:

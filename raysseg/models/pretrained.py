@@ -15,12 +15,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from raysseg import storage
+from raysseg.models.base import MEAN, STD
 from raysseg.schema import ClassMap, InputError
 
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # of loading and saving: a small model takes no time
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the authors of all of them
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 Net = TypeVar("Net", bound=PreTrainedModel)

@@ -119,15 +119,6 @@ def largest(regions: Regions, most: int) -> Regions:
     return Regions(regions.masks[kept], regions.class_ids[kept])
 
 
-def boxes_around(masks: Tensor) -> Tensor:
-    """Boxes around masks (N, H, W) bool, none of them empty: x0, y0, x1, y1 in pixels, the right and lower edges beyond
-    the last pixel; (N, 4) int64."""
-    sides = [masks.any(1), masks.any(2)]  # (N, W), (N, H)
-    first = [side.byte().argmax(1) for side in sides]
-    beyond = [side.shape[1] - side.flip(1).byte().argmax(1) for side in sides]
-    return torch.stack([*first, *beyond], 1)
-
-
 # --- the loss -----------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +195,7 @@ class SetLoss(nn.Module):
             targets.labels, to_regions(targets, self._classes), is_counted.tolist(), strict=True
         ):
             kept = largest(regions, self._num_queries if counts else 0)
-            boxes = boxes_around(kept.masks).to(self.class_weights.dtype) / scale
+            boxes = kept.boxes.to(self.class_weights.dtype) / scale
             found.append(_Truth(kept.class_ids, kept.masks, labels != self._classes.ignore, _to_centres(boxes)))
         return found
 

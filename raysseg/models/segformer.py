@@ -11,9 +11,9 @@ from transformers.models.segformer.modeling_segformer import SegformerForSemanti
 
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
-from raysseg.models.base import Images, Outputs, SegModel, Targets, to_label_map
+from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets, to_label_map
 from raysseg.models.dense import DenseLoss
-from raysseg.models.pretrained import MEAN, STD, read_config, read_net, set_classes, write_preprocessing
+from raysseg.models.pretrained import read_config, read_net, set_classes, write_preprocessing
 from raysseg.schema import ClassMap, InputError, Task
 
 # depths, hidden sizes, decoder width: table 6 of the paper, and one for tests

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from raysseg import storage
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
-from raysseg.models.base import Images, Outputs, SegModel, Targets, to_label_map
+from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets, to_label_map
 from raysseg.models.dense import DenseLoss
 from raysseg.schema import ClassMap, InputError, Task
 
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG, PREPROCESSING = "model.safetensors", "config.json", "preprocessor_config.json"
 Statistics = tuple[Sequence[float], Sequence[float]]
 """Mean and deviation of an encoder's images, of the range 0 to 1."""
-IMAGENET: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STRIDE = 32  # of the deepest features that any encoder has
 MIN_SIDE = 2 * STRIDE  # BatchNorm can't train on one value, which 32 pixels would come to
 HEAD = "segmentation_head."
@@ -67,7 +66,7 @@ class Smp(SegModel):
         classes: ClassMap,
         loss: Loss,
         class_weights: Sequence[float] | None = None,
-        statistics: Statistics = IMAGENET,
+        statistics: Statistics = (MEAN, STD),
     ) -> None:
         super().__init__(classes, "semantic", *statistics)
         self.net = net
@@ -153,7 +152,7 @@ def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights
     if model.weights is None or model.weights == "imagenet":
         encoder = find_encoder(model.encoder) if model.encoder is not None else KINDS[model.name].encoder
         net = _build_net(model.name, encoder, classes, model.weights)
-        statistics = IMAGENET if model.weights is None else _statistics(encoder)
+        statistics = (MEAN, STD) if model.weights is None else _statistics(encoder)
     else:
         net, statistics = _from_files(model, model.weights, classes)
     _freeze_unused(net, model.name)
@@ -229,7 +228,7 @@ def _read_net(name: str, folder: Path, classes: ClassMap) -> tuple[smp.base.Segm
         raise InputError(f"model.weights: don't fit {config['encoder_name']}: {', '.join(odd[:6])}")
     logger.info("weights: %s; new in this model: %s", folder, "nothing" if is_same_head else HEAD)
     content = json.loads(path.read_text()) if (path := folder / PREPROCESSING).is_file() else {}
-    return net, (content.get("image_mean", IMAGENET[0]), content.get("image_std", IMAGENET[1]))
+    return net, (content.get("image_mean", MEAN), content.get("image_std", STD))
 
 
 def _from_files(model: Model, weights: str, classes: ClassMap) -> tuple[smp.base.SegmentationModel, Statistics]:

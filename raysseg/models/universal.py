@@ -28,8 +28,8 @@ from transformers.models.swin.modeling_swin import SwinBackbone
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models import eomt
-from raysseg.models.base import Images, Outputs, SegModel, Targets
-from raysseg.models.pretrained import MEAN, STD, read_config, read_kind, read_net, set_classes, write_preprocessing
+from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets
+from raysseg.models.pretrained import read_config, read_kind, read_net, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings, class_scores, decode
 from raysseg.schema import ClassMap, InputError, Task
 

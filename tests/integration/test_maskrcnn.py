@@ -352,8 +352,18 @@ def test_decode_thresholds_and_scales() -> None:
     assert decode(score_threshold=0.4).class_ids.tolist() == [0]
     assert decode(mask_threshold=0.05).class_ids.tolist() == [0, 1, 2]
     assert decode(mask_threshold=0.05, max_instances=2).class_ids.tolist() == [0, 1]
-    with pytest.warns(UserWarning, match="max_instances: 200 has no effect beyond 100"):
-        decode(max_instances=200)
+
+
+def test_an_image_may_hold_as_many_instances_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make().eval()
+    monkeypatch.setattr(model.net.rpn, "_post_nms_top_n", {"training": 300, "testing": 300})
+    monkeypatch.setattr(model.net.roi_heads, "score_thresh", 0.0)
+    monkeypatch.setattr(model.net.roi_heads, "nms_thresh", 1.0)
+    image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    for most in (7, 100, 250):
+        (view,) = predict(model, [image], None, torch.float32, Inference(max_instances=most, mask_threshold=0.01))
+        assert isinstance(view, MaskSet)
+        assert len(view) == most
 
 
 def test_images_of_several_sizes_go_through_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_boxes_end_beyond_the_last_pixel() -> None:
     masks = torch.zeros(2, 5, 7, dtype=torch.bool)
     masks[0, 1:3, 2:6] = True
     masks[1, 4, 0] = True
-    assert queries.boxes_around(masks).tolist() == [[2, 1, 6, 3], [0, 4, 1, 5]]
+    assert Regions(masks, torch.arange(len(masks))).boxes.tolist() == [[2, 1, 6, 3], [0, 4, 1, 5]]
 
 
 def test_too_many_regions_lose_the_smallest() -> None:
@@ -238,7 +238,7 @@ def test_detr_terms_are_those_of_transformers() -> None:
     width_height = torch.tensor([16.0, 12.0, 16.0, 12.0])
     labels = []
     for regions in targets.regions:
-        corners = queries.boxes_around(regions.masks) / width_height
+        corners = regions.boxes / width_height
         boxes = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
         labels.append({"class_labels": regions.class_ids, "masks": regions.masks, "boxes": boxes})
     config = SimpleNamespace(
