@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-slow check bench clean
 
 install: $(READY)
 
@@ -19,6 +19,9 @@ demo: $(READY)  ## the main job: S3 -> Ray Data -> Ray Train on 2 CPU workers ->
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## what `test` leaves out
+	$(BIN)/python -m pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

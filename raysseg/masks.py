@@ -187,7 +187,7 @@ def to_segment_map(sample: Sample, classes: ClassMap) -> SegmentMap:
             place[key] = len(kept)
         table[number] = place[key]
     return SegmentMap(
-        numbers=table.take(numbers),
+        numbers=numbers if np.array_equal(table, np.arange(len(table))) else table.take(numbers),
         class_ids=np.array([index for _, index in kept], np.int64),
         is_crowd=np.array([segment.is_crowd for segment, _ in kept], np.bool_),
         scores=_known([segment.score for segment, _ in kept]),

@@ -124,7 +124,7 @@ def read_samples(source: CocoPanopticSource, references: pa.Table, *, with_image
     return read_rows(read, references)
 
 
-def _to_numbers(data: bytes, segment_ids: list[int], size: tuple[int, int]) -> npt.NDArray[np.uint16]:
+def _to_numbers(data: bytes, segment_ids: list[int], size: tuple[int, int]) -> IdMap:
     """1 + place of each pixel's segment, 0 for void, (H, W).
 
     Raises:
@@ -143,7 +143,7 @@ def _to_numbers(data: bytes, segment_ids: list[int], size: tuple[int, int]) -> n
     return number_segments(pixels, segment_ids)
 
 
-def number_segments(pixels: npt.NDArray[np.uint8], segment_ids: Sequence[int]) -> npt.NDArray[np.uint16]:
+def number_segments(pixels: npt.NDArray[np.uint8], segment_ids: Sequence[int]) -> IdMap:
     """1 + place of each pixel's segment, 0 for void, (H, W), of (H, W, 3) RGB.
 
     Raises:
@@ -157,7 +157,7 @@ def number_segments(pixels: npt.NDArray[np.uint8], segment_ids: Sequence[int]) -
     known = np.array([0, *segment_ids], np.uint32)
     order = known.argsort()
     place = np.searchsorted(known[order], colours).clip(max=len(known) - 1)
-    numbers: npt.NDArray[np.uint16] = order[place].astype(np.uint16)
+    numbers: IdMap = order[place].astype(np.uint8 if len(known) <= 256 else np.uint16)
     is_unknown = known[numbers] != colours
     if is_unknown.any():
         share = lengths[is_unknown].sum() / coded.size

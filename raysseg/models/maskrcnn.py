@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "model.safetensors", "maskrcnn.json"
 STRIDE = 32  # of the backbone's last stage: images are padded to a multiple of it
+PASTED = 2**22  # pixels of the masks that are drawn at once: a hundred masks of a large image are gigabytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ SHAPES = {
     ),
     "maskrcnn-resnet101-fpn": Shape("resnet101", downloads={"imagenet": "ResNet101_Weights.IMAGENET1K_V1"}),
     "maskrcnn-tiny": Shape(
-        (1, 1, 1, 1), channels=32, hidden=128, anchors=(8, 16, 32, 64, 128), proposals=(200, 100), sampled=64
+        (1, 1, 1, 1), channels=32, hidden=128, anchors=(8, 16, 32, 64, 128), proposals=(400, 400), sampled=64
     ),
 }
 HEADS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.")
@@ -173,13 +174,14 @@ class MaskRcnn(SegModel):
         height, width = values["sizes"][image].tolist()
         scale = torch.tensor([size[1] / width, size[0] / height] * 2)
         boxes = values["boxes"][rows].float() * scale
-        shown, rles = [], []
-        for i, (mask, box) in enumerate(zip(values["masks"][rows].float(), boxes, strict=True)):
-            # one at a time: a hundred masks of a large image are gigabytes
-            pasted = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= inference.mask_threshold
-            if pasted.any():
-                shown.append(i)
-                rles.append(rle.from_mask(pasted.numpy()))
+        shown: list[int] = []
+        rles: list[bytes] = []
+        for part in torch.split(torch.arange(len(rows)), max(1, PASTED // (size[0] * size[1]))):
+            masks = paste_masks_in_image(values["masks"][rows[part]].float(), boxes[part], size)[:, 0]
+            is_inside = masks >= inference.mask_threshold
+            has_pixels = is_inside.flatten(1).any(1)
+            shown += part[has_pixels].tolist()
+            rles += rle.from_masks(is_inside[has_pixels].numpy())
         x0, y0, x1, y1 = boxes[shown].double().numpy().T
         return MaskSet(
             size=size,

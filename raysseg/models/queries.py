@@ -485,9 +485,8 @@ def decode_instances(
     for places, masks in _iter_masks(mask_logits, torch.unique(queries), size):
         are_inside = masks >= inference.mask_threshold
         means = (masks * are_inside).flatten(1).sum(1) / are_inside.flatten(1).sum(1).clamp(min=1)
-        for query, is_inside, mean in zip(places.tolist(), are_inside.cpu().numpy(), means.tolist(), strict=True):
-            if is_inside.any():
-                encoded[query] = rle.from_mask(is_inside), mean
+        drawn = zip(rle.from_masks(are_inside.cpu().numpy()), means.tolist(), strict=True)
+        encoded |= {query: mask for query, mask in zip(places.tolist(), drawn, strict=True) if mask[1] > 0}
     found = [
         (score * encoded[query][1], index, encoded[query][0])
         for score, index, query in zip(

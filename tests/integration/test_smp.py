@@ -13,17 +13,11 @@ from torch import Tensor
 
 from raysseg import storage
 from raysseg.catalogue import MODELS
-from raysseg.config import Inference, JobError, Loss, MasksSource, Model
-from raysseg.data import read_class_map, read_index
-from raysseg.data.batches import iter_pairs
-from raysseg.data.example import draw_example
+from raysseg.config import Inference, JobError, Loss, Model
 from raysseg.export import to_onnx
-from raysseg.losses import ClassPixels, balance, count_pixels
 from raysseg.masks import LabelMap
-from raysseg.metrics import Metrics
 from raysseg.models import Targets, build_model, load_model
 from raysseg.models.smp import KINDS, Smp, find_encoder
-from raysseg.predictor import predict
 from raysseg.schema import ClassMap, InputError
 from tests.conftest import example_job
 
@@ -83,9 +77,7 @@ def test_smp_reads_what_is_saved(name: str, encoder: str | None, tmp_path: Path)
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "encoder"), [("unet-tiny", None), pytest.param("deeplabv3plus", SMALL, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "encoder"), [("unet-tiny", None), ("deeplabv3plus", SMALL)])
 def test_an_exported_graph_pads_as_the_model_does(name: str, encoder: str | None) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = make(name, encoder=encoder).eval()
@@ -169,33 +161,3 @@ def test_an_encoder_is_refused_where_there_is_no_choice(tmp_path: Path) -> None:
         example_job(str(tmp_path), "x", model)
     job = example_job(str(tmp_path), "x", "model={name: unet, weights: null, encoder: resnet18}")
     assert job.schedule.decay == "cosine"
-
-
-@pytest.mark.slow
-def test_unet_learns_eight_images_by_heart(tmp_path: Path) -> None:
-    """mIoU 0.906 after 300 steps of four; poles are a pixel wide, hence the losses that go by class."""
-    draw_example(tmp_path, num_train=8, num_val=1, size=(96, 128))
-    source = MasksSource(images=str(tmp_path / "train/images"), masks=str(tmp_path / "train/masks"))
-    classes = read_class_map(str(tmp_path / "classes.json"), source)
-    pairs = [pair for batch in iter_pairs(read_index(source), classes, rows=8) for pair in batch]
-    images = torch.stack([torch.from_numpy(pair.image.copy()).permute(2, 0, 1) for pair in pairs])
-    labels = torch.from_numpy(np.stack([pair.truth.labels for pair in pairs]).astype(np.int64))
-    counts = sum((count_pixels(pair.truth.labels, len(classes)) for pair in pairs), ClassPixels.none(len(classes)))
-    weights = np.sqrt(balance("inverse", counts, 0.0)).tolist()
-    torch.manual_seed(0)
-    loss = Loss(cross_entropy=1.0, dice=1.0, lovasz=1.0)
-    model = build_model(Model(name="unet-tiny", weights=None), classes, loss=loss, class_weights=weights).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 300)
-    for step in range(300):
-        rows = slice(0, 4) if step % 2 == 0 else slice(4, 8)
-        targets = Targets(labels[rows], torch.ones(4), torch.zeros(4, dtype=torch.int64))
-        optimizer.zero_grad()
-        sum(model(images[rows], targets).losses.values(), torch.zeros(())).backward()
-        optimizer.step()
-        schedule.step()
-    metrics = Metrics("semantic", classes)
-    views = predict(model.eval(), [pair.image for pair in pairs], None, torch.float32, Inference())
-    for pair, view in zip(pairs, views, strict=True):
-        metrics.update(pair.sample_id, view, pair.truth)
-    assert metrics.compute()["miou"] >= 0.9
