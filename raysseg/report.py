@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,13 +27,14 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 Labels = npt.NDArray[np.uint8 | np.uint16]  # (H, W) class indices, ClassMap.ignore where not labelled
 
 PER_CLASS = {"iou": "IoU", "dice": "Dice", "pq": "PQ", "mask_ap": "mask AP"}
-LABELS = {
+TERMS = {
     "miou": "mIoU",
-    "mean_dice": "mean Dice",
-    "mask_ap": "mask AP",
-    "pq": "PQ",
-    "frequency_weighted_iou": "frequency-weighted IoU",
+    "iou": "IoU",
+    "dice": "Dice",
+    "frequency weighted": "frequency-weighted",
+    **{term: term.upper() for term in ("ap", "ar", "pq", "sq", "rq", "hd")},
 }
+FIGURES = 8  # that stand beside the headline; the rest is folded away
 MATRIX_CLASSES = 32  # a matrix of more classes is unreadable: a longer list of confusions stands in its place
 PICTURE_SIDE = 480  # pixels of a picture's longer side
 PICTURE_BYTES = 50_000  # of an encoded picture: 9 examples of 4 pictures each take 2.4 MB as base64
@@ -151,11 +153,14 @@ def render(page: ReportPage) -> str:
     """The page as one HTML file that loads nothing from outside."""
     means = [name for name in page.metrics if "/" not in name]
     headline = HEADLINES[page.task] if HEADLINES[page.task] in means or not means else means[0]
+    figures = [name for name in means if name != headline]
     has_matrix = page.confusion is not None and len(page.classes) <= MATRIX_CLASSES
     return open_template("report.html.j2").render(
         page=page,
         headline=headline,
-        figures=[name for name in means if name != headline],
+        figures=figures[:FIGURES],
+        more_figures=figures[FIGURES:],
+        score_label=to_label(HEADLINES[page.task]),
         columns={key: label for key, label in PER_CLASS.items() if any(m.startswith(f"{key}/") for m in page.metrics)},
         curves=run_curves(page, headline),
         class_curves=class_curves(page),
@@ -197,7 +202,8 @@ def to_count(value: int) -> str:
 
 def to_label(name: str) -> str:
     """What a metric is called in running text."""
-    return LABELS.get(name, name.replace("_", " "))
+    terms = "|".join(TERMS)
+    return re.sub(rf"\b({terms})(?=\d|\b)", lambda found: TERMS[found[0]], name.replace("_", " "))
 
 
 def to_shares(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -362,3 +362,31 @@ def test_a_browser_shows_the_page_without_complaint(tmp_path: Path, rendered: di
     )
     assert "CONSOLE" not in done.stderr
     assert done.stdout.count("<img") == 12
+
+
+def test_names_of_metrics_read_as_in_the_papers() -> None:
+    names = {
+        "miou": "mIoU",
+        "mask_ap": "mask AP",
+        "box_ap50": "box AP50",
+        "mask_ar_small": "mask AR small",
+        "pq_things": "PQ things",
+        "boundary_pq": "boundary PQ",
+        "boundary_iou": "boundary IoU",
+        "mean_dice": "mean Dice",
+        "surface_dice_3px": "surface Dice 3px",
+        "hd95": "HD95",
+        "frequency_weighted_iou": "frequency-weighted IoU",
+        "pixel_accuracy": "pixel accuracy",
+    }
+    assert {name: report.to_label(name) for name in names} == names
+
+
+def test_only_the_first_numbers_stand_large() -> None:
+    metrics = dict.fromkeys(["mask_ap", *(f"mask_ar{i}" for i in range(1, 12))], 0.25)
+    page = replace(draw_page(3), task="instance", metrics=metrics)
+    head, rest = report.render(page).split("<details>", 1)
+    assert "mask AR8" in head
+    assert "mask AR9" not in head
+    assert "3 more numbers" in rest
+    assert "mask AP 0." in rest  # of an example
