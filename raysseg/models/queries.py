@@ -195,9 +195,8 @@ class SetLoss(nn.Module):
             for layer, pairs in zip(layers, matched, strict=True):
                 num_groups = layer.class_logits.shape[1] // self._num_queries
                 for name, term in self._terms(layer, truths, pairs, points, weights).items():
-                    value = (
-                        getattr(self._settings.factors, name) * term / (num_groups * divisors.get(name, num_regions))
-                    )
+                    divisor = num_groups * divisors.get(name, num_regions)
+                    value = getattr(self._settings.factors, name) * term / divisor
                     losses[name] = losses[name] + value if name in losses else value
         return losses
 
@@ -553,7 +552,7 @@ def to_mask_set(
 ) -> MaskSet:
     """The best pairs of a query and a thing's class, by scores (Q, C); masks (Q, h, w) may overlap.
 
-    Empty masks are left out. With `weigh_masks` a score counts for its mask's mean probability within itself.
+    Empty masks are left out. With `weigh_masks` a score is multiplied by the mean probability within its mask.
     """
     scores = scores * torch.tensor(classes.things, device=scores.device)
     best = scores.flatten().topk(min(inference.max_instances, scores.numel()))
