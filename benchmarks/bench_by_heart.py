@@ -64,6 +64,7 @@ CASES = {
     "detr-tiny": Case(PANOPTIC, 1200, "pq", ("optimizer={lr: 1e-3}", "inference={score_threshold: 0.5}"), (192, 256)),
     "mask2former-tiny": Case(PANOPTIC, 800, "pq", ("optimizer={lr: 1e-3, clip_norm: 1.0}",)),
     "eomt-tiny": Case(PANOPTIC, 300, "pq", ("optimizer={lr: 2e-3, clip_norm: 1.0}",)),
+    "rfdetr-tiny": Case(INSTANCE, 700, "mask_ap50", ("optimizer={lr: 2e-3, clip_norm: 1.0}",)),
 }
 
 

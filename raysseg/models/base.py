@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -138,6 +139,20 @@ class SegModel(nn.Module, ABC):
             folder: an empty folder.
             size: (height, width) that images are resized to first; None: they are taken as they are.
         """
+
+
+def to_whole_strides(pixels: Tensor, stride: int, least: int = 0) -> Tensor:
+    """Images (B, 3, H, W) scaled up (bilinear) to the next multiples of a stride.
+
+    Args:
+        pixels: of images of one size.
+        stride: in pixels.
+        least: so many of its squares must be filled; both sides grow by the same factor until they are.
+    """
+    height, width = pixels.shape[2:]
+    factor = max(1.0, math.sqrt(least * stride**2 / (height * width)))
+    size = (math.ceil(height * factor / stride) * stride, math.ceil(width * factor / stride) * stride)
+    return pixels if size == (height, width) else nn.functional.interpolate(pixels, size, mode="bilinear")
 
 
 def to_label_map(scores: Tensor, size: tuple[int, int], classes: ClassMap) -> LabelMap:

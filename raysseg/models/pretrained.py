@@ -55,7 +55,14 @@ def read_config(kind: type[Config], weights: str) -> Config:
     return config
 
 
-def read_net(kind: type[Net], weights: str, config: PreTrainedConfig, classes: ClassMap, heads: Sequence[str]) -> Net:
+def read_net(
+    kind: type[Net],
+    weights: str,
+    config: PreTrainedConfig,
+    classes: ClassMap,
+    heads: Sequence[str],
+    bias: float = 0.0,
+) -> Net:
     """A net with weights, whose class layers are new where the weights are of other classes; the log says what is new.
 
     Args:
@@ -64,6 +71,7 @@ def read_net(kind: type[Net], weights: str, config: PreTrainedConfig, classes: C
         config: of the weights; takes over the classes.
         classes: that the net is for.
         heads: names of the linear or convolution layers that have an output a class.
+        bias: what these begin with where they are new.
 
     Raises:
         InputError: the weights can't be loaded.
@@ -82,7 +90,7 @@ def read_net(kind: type[Net], weights: str, config: PreTrainedConfig, classes: C
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             nn.init.normal_(layer.weight, std=0.02)  # as transformers does
             assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
+            nn.init.constant_(layer.bias, bias)
     _log_unused(weights, info, () if is_same else [f"{head}.{part}" for head in heads for part in ("weight", "bias")])
     return net
 

@@ -1,7 +1,8 @@
 """What models that predict a set of queries share: matching, losses, decoding (Carion et al. 2020; Cheng et al. 2022).
 
 A query is a class, a mask and, in some models, a box; most queries stand for nothing. Each region of the truth is
-matched with one query, which learns from it. Losses are sums over regions or queries, divided by what the whole global
+matched with one query, which learns from it; in models that train several groups of queries side by side, with one of
+each group (Group DETR, Chen et al. 2023). Losses are sums over regions or queries, divided by what the whole global
 batch holds of them, so that the gradient does not depend on how the batch was split.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,6 +27,7 @@ from raysseg.models.base import Outputs, Regions, Targets
 from raysseg.schema import ClassMap, Task
 
 CHUNK = 8  # masks that are scaled to full size at once
+WIDE_CHUNK = 64  # full-size targets that are looked at in floating point at once
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Queries:
     """What one decoder layer predicts.
 
     Attributes:
-        class_logits: (B, Q, C + 1), the last of which means no object.
+        class_logits: (B, Q, C + 1), the last of which means no object; (B, Q, C) where each class is for itself. Of G
+            groups of queries there are G * Q, one group after the other.
         mask_logits: (B, Q, h, w); None where the layer has no masks.
         boxes: (B, Q, 4) centre x, centre y, width, height in [0, 1]; None where the model has no boxes.
     """
@@ -64,6 +68,9 @@ class Settings:
         num_points: points at which matching and the mask losses look (Cheng et al. 2022, section 3.3); None: matching
             looks at no masks, and the losses at every pixel, to which the masks are scaled.
         no_object: weight of the class "no object".
+        class_loss: cross-entropy over the classes and "no object"; or "iou_aware", a binary cross-entropy for each
+            class by itself, whose positive targets follow from the boxes (Cai et al. 2023, as in LW-DETR, Chen et al.
+            2024): it divides by regions, matches at the focal cost, and needs boxes.
     """
 
     costs: Factors
@@ -71,6 +78,7 @@ class Settings:
     mask_loss: Literal["focal", "cross_entropy"]
     num_points: int | None = None
     no_object: float = 0.1
+    class_loss: Literal["cross_entropy", "iou_aware"] = "cross_entropy"
 
 
 OVERSAMPLING = 3  # points are chosen among so many times as many
@@ -131,9 +139,9 @@ class SetLoss(nn.Module):
 
     Args:
         classes: of the targets.
-        num_queries: of each layer.
+        num_queries: of each layer; of each of its groups, where it has several.
         settings: see Settings.
-        class_weights: (C,) for the class term.
+        class_weights: (C,) for the class term, where that is cross-entropy.
     """
 
     def __init__(
@@ -148,10 +156,12 @@ class SetLoss(nn.Module):
         self.register_buffer("class_weights", torch.tensor([*weights, settings.no_object]), persistent=False)
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
-        """Target regions, and queries by the weight of the class that they should get; float64 scalars."""
+        """Target regions; for cross-entropy, also queries by the weight of their class; float64 scalars."""
         truths = self._truths(targets)
         by_class = self.class_weights.double()
         num_regions = torch.stack([torch.as_tensor(len(truth.class_ids)) for truth in truths])
+        if self._settings.class_loss == "iou_aware":
+            return {"regions": num_regions.sum().double().to(by_class.device)}
         matched = torch.stack([by_class[truth.class_ids].sum() for truth in truths])
         rows = _row_weights(targets, self._classes).double()
         num_free = (self._num_queries - num_regions).to(rows.device)
@@ -166,13 +176,14 @@ class SetLoss(nn.Module):
         """The terms, weighted and divided by their normalisers: `classes`, `masks`, `dice`, `l1`, `giou`.
 
         Args:
-            layers: (B, Q) queries each; each layer is matched for itself.
+            layers: (B, Q) queries each; each layer is matched for itself, and so is each group of its queries, over
+                which the terms are averaged.
             targets: of B images.
             normalisers: of the whole global batch; of these targets if left out.
         """
         normalisers = normalisers or self.normalisers(targets)
         num_regions = normalisers["regions"].clamp(min=1)
-        divisors = {"classes": normalisers["queries"].clamp(min=1e-12)}
+        divisors = {"classes": normalisers["queries"].clamp(min=1e-12)} if "queries" in normalisers else {}
         losses: dict[str, Tensor] = {}
         device = targets.labels.device
         with torch.autocast(device.type, enabled=False):
@@ -180,9 +191,12 @@ class SetLoss(nn.Module):
             truths = self._truths(targets)
             points = _draw_points(targets.seeds, self._settings.num_points or 0).to(device)
             weights = _row_weights(targets, self._classes)
-            for layer, pairs in zip(layers, match(layers, truths, points, self._settings), strict=True):
+            matched = match(layers, truths, points, self._settings, self._num_queries)
+            for layer, pairs in zip(layers, matched, strict=True):
+                num_groups = layer.class_logits.shape[1] // self._num_queries
                 for name, term in self._terms(layer, truths, pairs, points, weights).items():
-                    value = getattr(self._settings.factors, name) * term / divisors.get(name, num_regions)
+                    divisor = num_groups * divisors.get(name, num_regions)
+                    value = getattr(self._settings.factors, name) * term / divisor
                     losses[name] = losses[name] + value if name in losses else value
         return losses
 
@@ -204,7 +218,10 @@ class SetLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """One layer's terms as sums."""
         settings = self._settings
-        terms = {"classes": _class_term(layer.class_logits, truths, pairs, weights, self.class_weights)}
+        if settings.class_loss == "iou_aware":
+            terms = {"classes": _iou_aware_term(layer, truths, pairs, weights)}
+        else:
+            terms = {"classes": _class_term(layer.class_logits, truths, pairs, weights, self.class_weights)}
         if layer.boxes is not None:
             found = torch.cat([boxes[pair.queries] for boxes, pair in zip(layer.boxes, pairs, strict=True)])
             wanted = torch.cat([truth.boxes[pair.regions] for truth, pair in zip(truths, pairs, strict=True)])
@@ -245,6 +262,25 @@ def _class_term(
     return (losses.sum(1) * weights.to(logits.dtype)).sum()
 
 
+def _iou_aware_term(layer: Queries, truths: Sequence[_Truth], pairs: Sequence[Pairs], weights: Tensor) -> Tensor:
+    """Binary cross-entropy of each class, summed over all queries of the images that count.
+
+    A matched query's class should be as likely as p^0.25 * IoU^0.75 of now; what else is likely counts for p^2.
+    """
+    assert layer.boxes is not None
+    logits = layer.class_logits
+    probabilities = logits.sigmoid()
+    wanted = torch.zeros_like(logits)
+    for i, (truth, pair) in enumerate(zip(truths, pairs, strict=True)):
+        chosen = (i, pair.queries, truth.class_ids[pair.regions])
+        found = layer.boxes[i, pair.queries].detach()
+        overlaps = iou(_to_corners(found), _to_corners(truth.boxes[pair.regions]))
+        wanted[chosen] = (probabilities[chosen].detach() ** 0.25 * overlaps**0.75).clamp(min=0.01)
+    unwanted = torch.where(wanted > 0, 1 - wanted, probabilities**2)
+    losses = -wanted * F.logsigmoid(logits) - unwanted * F.logsigmoid(-logits)
+    return (losses.sum((1, 2)) * weights.to(logits.dtype)).sum()
+
+
 def _dense_mask_terms(
     logits: Tensor, masks: Tensor, is_valid: Tensor, mask_loss: Literal["focal", "cross_entropy"]
 ) -> Iterator[Tensor]:
@@ -277,7 +313,8 @@ def _point_mask_terms(logits: Tensor, masks: Tensor, is_valid: Tensor, points: T
         chosen = candidates[uncertainty.topk(num_certain, dim=1).indices]  # (N, P, 2)
         others = points[OVERSAMPLING * settings.num_points :].to(logits.dtype)
         chosen = torch.cat([chosen, others.expand(len(masks), -1, -1)], 1)
-        wanted = sample(masks.to(logits.dtype), chosen)
+        places = zip(torch.split(masks, WIDE_CHUNK), torch.split(chosen, WIDE_CHUNK), strict=True)
+        wanted = torch.cat([sample(some.to(logits.dtype), there) for some, there in places])
         counts = _sample_valid(is_valid, chosen.flatten(0, 1)).view(chosen.shape[:2]).to(logits.dtype)
     return _mask_terms(sample(logits, chosen), wanted, counts, settings.mask_loss)
 
@@ -314,7 +351,9 @@ class Pairs:
 
 
 @torch.no_grad()
-def match(layers: Sequence[Queries], truths: Sequence[_Truth], points: Tensor, settings: Settings) -> list[list[Pairs]]:
+def match(
+    layers: Sequence[Queries], truths: Sequence[_Truth], points: Tensor, settings: Settings, num_queries: int
+) -> list[list[Pairs]]:
     """Pairs queries with regions at the least cost in all (Kuhn 1955), for each layer and image.
 
     Args:
@@ -322,19 +361,22 @@ def match(layers: Sequence[Queries], truths: Sequence[_Truth], points: Tensor, s
         truths: no more regions in any than there are queries.
         points: (B, P, 2) in [0, 1], x and y, of which matching takes the first `num_points`.
         settings: its costs.
+        num_queries: of a group; so many after the other are matched for themselves.
     """
     num_points = settings.num_points or 0
     points = points[:, :num_points].to(layers[0].class_logits.dtype)
     looks = [_look(truth, some) for truth, some in zip(truths, points, strict=True)]
     costs = [
-        _costs(layer, i, truth, *looks[i], settings.costs) for layer in layers for i, truth in enumerate(truths)
+        _costs(layer, i, truth, *looks[i], settings) for layer in layers for i, truth in enumerate(truths)
     ]  # (Q, N) each
     flat = torch.cat([cost.flatten() for cost in costs]).cpu()  # one copy for all, since each waits for the device
     assert flat.isfinite().all(), "the costs of matching are not finite: the model gives NaN or infinity"
     parts = torch.split(flat, [cost.numel() for cost in costs])
     pairs = []
     for part, cost in zip(parts, costs, strict=True):
-        queries, regions = linear_sum_assignment(part.view(cost.shape).numpy())
+        groups = [linear_sum_assignment(group.numpy()) for group in torch.split(part.view(cost.shape), num_queries)]
+        queries = np.concatenate([first * num_queries + chosen for first, (chosen, _) in enumerate(groups)])
+        regions = np.concatenate([matched for _, matched in groups])
         pairs.append(Pairs(*(torch.from_numpy(x).to(cost.device) for x in (queries, regions))))
     return [pairs[i : i + len(truths)] for i in range(0, len(pairs), len(truths))]
 
@@ -347,7 +389,7 @@ def _look(truth: _Truth, points: Tensor) -> tuple[Tensor, Tensor]:
     return kept, sample(truth.masks.to(points.dtype), kept)
 
 
-def _costs(layer: Queries, i: int, truth: _Truth, points: Tensor, wanted: Tensor, costs: Factors) -> Tensor:
+def _costs(layer: Queries, i: int, truth: _Truth, points: Tensor, wanted: Tensor, settings: Settings) -> Tensor:
     """What each pair of a query and a region of image i costs, (Q, N).
 
     Args:
@@ -356,9 +398,11 @@ def _costs(layer: Queries, i: int, truth: _Truth, points: Tensor, wanted: Tensor
         truth: its regions.
         points: (P, 2) that count.
         wanted: (N, P), the regions there.
-        costs: of each term.
+        settings: the costs of each term.
     """
-    total = -costs.classes * layer.class_logits[i].softmax(-1)[:, truth.class_ids]
+    costs = settings.costs
+    gain = _focal_gain if settings.class_loss == "iou_aware" else partial(torch.softmax, dim=-1)
+    total = -costs.classes * gain(layer.class_logits[i])[:, truth.class_ids]
     if layer.boxes is not None and (costs.l1 or costs.giou):
         boxes = layer.boxes[i]
         total = total + costs.l1 * (boxes[:, None] - truth.boxes).abs().sum(-1)
@@ -371,6 +415,12 @@ def _costs(layer: Queries, i: int, truth: _Truth, points: Tensor, wanted: Tensor
         sums = probabilities.sum(1)[:, None] + wanted.sum(1)
         total = total + costs.dice * (1 - (2 * probabilities @ wanted.T + 1) / (sums + 1))
     return total
+
+
+def _focal_gain(logits: Tensor) -> Tensor:
+    """What a class wins in focal loss (alpha 0.25, gamma 2) where it is wanted (Deformable DETR, Zhu et al. 2021)."""
+    probabilities = logits.sigmoid()
+    return 0.75 * probabilities**2 * F.softplus(logits) - 0.25 * (1 - probabilities) ** 2 * F.softplus(-logits)
 
 
 # --- points and boxes ---------------------------------------------------------------------------------------------
@@ -411,14 +461,25 @@ def _sample_valid(is_valid: Tensor, points: Tensor) -> Tensor:
 
 def giou(first: Tensor, second: Tensor) -> Tensor:
     """Generalised IoU (Rezatofighi et al. 2019) of boxes (..., 4) x0, y0, x1, y1, which broadcast."""
-    inner = (torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])).clamp(
-        min=0
-    )
     outer = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
-    overlap, hull = inner.prod(-1), outer.prod(-1)
-    union = (first[..., 2:] - first[..., :2]).prod(-1) + (second[..., 2:] - second[..., :2]).prod(-1) - overlap
+    hull = outer.prod(-1)
+    overlap, union = _overlap(first, second)
     tiny = torch.finfo(hull.dtype).tiny  # boxes of no area
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of boxes (..., 4) x0, y0, x1, y1, which broadcast; 0 where neither has an area."""
+    overlap, union = _overlap(first, second)
+    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def _overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The areas that two boxes share, and cover."""
+    lower, upper = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
+    overlap = (upper - lower).clamp(min=0).prod(-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (first, second)]
+    return overlap, areas[0] + areas[1] - overlap
 
 
 def _to_corners(boxes: Tensor) -> Tensor:
@@ -477,14 +538,31 @@ def decode_instances(
 
     A score is the class's probability times the mask's mean probability within itself (Mask2Former's).
     """
-    scores = _probabilities(class_logits) * torch.tensor(classes.things, device=class_logits.device)
+    return to_mask_set(_probabilities(class_logits), mask_logits, size, classes, inference, weigh_masks=True)
+
+
+def to_mask_set(
+    scores: Tensor,
+    mask_logits: Tensor,
+    size: tuple[int, int],
+    classes: ClassMap,
+    inference: Inference,
+    *,
+    weigh_masks: bool,
+) -> MaskSet:
+    """The best pairs of a query and a thing's class, by scores (Q, C); masks (Q, h, w) may overlap.
+
+    Empty masks are left out. With `weigh_masks` a score is multiplied by the mean probability within its mask.
+    """
+    scores = scores * torch.tensor(classes.things, device=scores.device)
     best = scores.flatten().topk(min(inference.max_instances, scores.numel()))
     is_kept = (best.values > 0) & (best.values >= inference.score_threshold)  # masks only lower them
     queries = best.indices[is_kept].div(len(classes), rounding_mode="floor")
-    encoded: dict[int, tuple[bytes, float]] = {}  # by query: its mask and that one's mean probability
+    encoded: dict[int, tuple[bytes, float]] = {}  # by query: its mask and what that one counts for
     for places, masks in _iter_masks(mask_logits, torch.unique(queries), size):
         are_inside = masks >= inference.mask_threshold
-        means = (masks * are_inside).flatten(1).sum(1) / are_inside.flatten(1).sum(1).clamp(min=1)
+        areas = are_inside.flatten(1).sum(1)
+        means = (masks * are_inside).flatten(1).sum(1) / areas.clamp(min=1) if weigh_masks else areas.clamp(max=1)
         drawn = zip(rle.from_masks(are_inside.cpu().numpy()), means.tolist(), strict=True)
         encoded |= {query: mask for query, mask in zip(places.tolist(), drawn, strict=True) if mask[1] > 0}
     found = [

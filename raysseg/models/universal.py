@@ -6,13 +6,11 @@ image processor does, and a patch in EoMT, whose position embeddings are interpo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -28,7 +26,7 @@ from transformers.models.swin.modeling_swin import SwinBackbone
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models import eomt
-from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets
+from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets, to_whole_strides
 from raysseg.models.pretrained import read_config, read_kind, read_net, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings, class_scores, decode
 from raysseg.schema import ClassMap, InputError, Task
@@ -170,7 +168,7 @@ class Universal(SegModel):
     ) -> Outputs:
         """See SegModel; values are `class_logits` (B, Q, C + 1) and `mask_logits` (B, Q, h, w)."""
         assert isinstance(images, Tensor)
-        pixels = _to_whole_strides(self.normalise(images), self._stride)
+        pixels = to_whole_strides(self.normalise(images), self._stride)
         layers = self._predict_layers(pixels, targets)
         last = layers[-1]
         assert last.mask_logits is not None
@@ -213,13 +211,6 @@ class Universal(SegModel):
             more = {"size_divisor": self._stride, "do_reduce_labels": False, "ignore_index": self.classes.ignore}
             write_preprocessing(folder, "Mask2FormerImageProcessor", size, more)
         self.net.save_pretrained(folder)
-
-
-def _to_whole_strides(pixels: Tensor, stride: int) -> Tensor:
-    """Images scaled up to the next multiples of the stride (bilinear)."""
-    height, width = pixels.shape[2:]
-    size = (math.ceil(height / stride) * stride, math.ceil(width / stride) * stride)
-    return pixels if size == (height, width) else F.interpolate(pixels, size, mode="bilinear", align_corners=False)
 
 
 def _settled(shares: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import ForSegmentationLoss, generalized_box_iou
+from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.mask2former.modeling_mask2former import (
     pair_wise_dice_loss,
@@ -26,6 +27,7 @@ COLOURS = tuple((i, i, i) for i in range(4))
 CLASSES = ClassMap((1, 2, 3, 4), ("car", "dog", "sky", "grass"), COLOURS, (True, True, False, False))
 DETR = Settings(Factors(1, l1=5, giou=2), Factors(1, 1, 1, 5, 2), "focal")
 MASK2FORMER = Settings(Factors(2, 5, 5), Factors(2, 5, 5), "cross_entropy", num_points=64)
+RFDETR = Settings(Factors(2, 5, 5, 5, 2), Factors(1, 5, 5, 5, 2), "cross_entropy", 64, class_loss="iou_aware")
 WEIGHTS = [0.5, 2.0, 1.0, 1.5]
 SIZE = (12, 16)
 NUM_QUERIES = 6
@@ -140,7 +142,7 @@ def test_normalisers_are_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize("class_weights", [None, WEIGHTS])
-@pytest.mark.parametrize("settings", [DETR, MASK2FORMER])
+@pytest.mark.parametrize("settings", [DETR, MASK2FORMER, RFDETR])
 def test_parts_of_a_batch_add_up_to_the_whole(settings: Settings, class_weights: list[float] | None) -> None:
     targets, layers = make_targets(), make_layers()
     loss, inputs = criterion(settings, class_weights), leaves(layers)
@@ -163,7 +165,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(settings: Settings, class_weights:
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-15)
 
 
-@pytest.mark.parametrize("settings", [DETR, MASK2FORMER])
+@pytest.mark.parametrize("settings", [DETR, MASK2FORMER, RFDETR])
 def test_ignored_pixels_have_no_part(settings: Settings) -> None:
     """The right third of the first image; its masks there are as good as any."""
     targets, layers = rows_of(make_targets(), slice(0, 1)), make_layers(num=1, num_layers=1)
@@ -179,7 +181,7 @@ def test_ignored_pixels_have_no_part(settings: Settings) -> None:
     torch.testing.assert_close(again, {name: value.detach() for name, value in losses.items()}, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("settings", [DETR, MASK2FORMER])
+@pytest.mark.parametrize("settings", [DETR, MASK2FORMER, RFDETR])
 def test_images_without_labels_or_weight_have_no_part(settings: Settings) -> None:
     targets = make_targets(1)
     unlabelled = replace(targets, labels=torch.full_like(targets.labels, CLASSES.ignore))
@@ -279,7 +281,7 @@ def test_matching_is_the_best_of_all_permutations() -> None:
     grid = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(12), indexing="xy"), -1).view(-1, 2)
     points = ((grid + 0.5) / torch.tensor([16, 12])).double()
     settings = replace(MASK2FORMER, num_points=len(points))
-    ((pairs,),) = queries.match([layer], truths, points[None], settings)
+    ((pairs,),) = queries.match([layer], truths, points[None], settings, 5)
     is_valid = targets.labels[0] != CLASSES.ignore
     logits, masks = layer.mask_logits[0][:, is_valid], regions.masks[:, is_valid].double()
     costs = -2 * layer.class_logits[0].softmax(-1)[:, regions.class_ids]
@@ -287,6 +289,32 @@ def test_matching_is_the_best_of_all_permutations() -> None:
     num = len(regions.class_ids)
     best = min(permutations(range(5), num), key=lambda chosen: float(costs[list(chosen), range(num)].sum()))
     assert dict(zip(pairs.regions.tolist(), pairs.queries.tolist(), strict=True)) == dict(enumerate(best))
+
+
+def test_groups_are_matched_for_themselves_at_the_focal_cost() -> None:
+    """Against transformers' matching of LW-DETR, which looks at no masks."""
+    layer = make_layers(4, num_layers=1, num_queries=18)[0]
+    targets = make_targets(4)
+    settings = replace(RFDETR, costs=Factors(2, l1=5, giou=2))
+    truths = criterion(settings, num_queries=9)._truths(targets)
+    (pairs,) = queries.match([layer], truths, torch.zeros(4, 0, 2), settings, 9)
+    labels = [{"class_labels": truth.class_ids, "boxes": truth.boxes} for truth in truths]
+    matcher = LwDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
+    expected = matcher({"logits": layer.class_logits, "pred_boxes": layer.boxes}, labels, group_detr=2)
+    assert [len(pair.queries) for pair in pairs] == [6, 0, 16, 4]
+    for pair, (chosen, regions) in zip(pairs, expected, strict=True):
+        assert pair.queries.tolist() == chosen.tolist()
+        assert pair.regions.tolist() == regions.tolist()
+
+
+def test_groups_are_averaged() -> None:
+    targets, layers = make_targets(), make_layers()
+    twice = [
+        Queries(*(torch.cat([x, x], 1) for x in (layer.class_logits, layer.mask_logits, layer.boxes) if x is not None))
+        for layer in layers
+    ]
+    loss = criterion(RFDETR)
+    torch.testing.assert_close(total(loss(twice, targets, None)), total(loss(layers, targets, None)))
 
 
 def test_points_are_where_masks_are_uncertain() -> None:
