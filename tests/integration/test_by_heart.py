@@ -24,4 +24,4 @@ def test_eight_images_are_learnt_by_heart(name: str, tmp_path: Path, monkeypatch
     job = load_case(name, tmp_path)
     *_, (steps, metrics) = iter_scores(job, NUM_IMAGES, every=10**9)
     assert steps == CASES[name].steps
-    assert metrics[CASES[name].metric] >= 0.9
+    assert metrics[CASES[name].metric] >= CASES[name].bar
