@@ -30,6 +30,11 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_metrics
+	$(BIN)/python -m benchmarks.bench_metrics_memory
+	$(BIN)/python -m benchmarks.bench_losses
+	$(BIN)/python -m benchmarks.bench_tiling
+	$(BIN)/python -m benchmarks.bench_validation
+	$(BIN)/python -m benchmarks.bench_by_heart
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_startup
 	$(BIN)/python -m benchmarks.bench_input

@@ -21,7 +21,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # EXIF's tag
 _TURNED = (5, 6, 7, 8)  # its values that swap the sides
 _MAGIC = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"II", ".tif"), (b"MM", ".tif"), (b"RIFF", ".webp"))
-_READERS = 16  # threads a call; reading waits on storage, not on the CPU
+READERS = 16  # threads a call; reading waits on storage, not on the CPU
 
 
 def files_by_stem(folder: str, suffixes: frozenset[str], end: str = "") -> dict[str, str]:
@@ -92,12 +92,15 @@ def write_image(folder: str, sample: Sample) -> str:
     return name
 
 
-def read_rows(read: Callable[[dict[str, Any]], Sample], references: pa.Table) -> list[Sample | Failure]:
+def read_rows(
+    read: Callable[[dict[str, Any]], Sample], references: pa.Table, threads: int = READERS
+) -> list[Sample | Failure]:
     """Reads samples, several at a time, in the order of their references.
 
     Args:
         read: makes a sample of a row of the references; raises InputError if it can't.
         references: of an index.
+        threads: that read.
 
     Returns:
         What can't be read comes back as a Failure.
@@ -112,5 +115,5 @@ def read_rows(read: Callable[[dict[str, Any]], Sample], references: pa.Table) ->
         except InputError as error:
             return Failure(sample_id, f"{sample_id}: {error}")
 
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(try_to_read, references.to_pylist()))
