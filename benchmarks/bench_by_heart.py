@@ -45,7 +45,7 @@ class Case:
         steps: of four images.
         metric: that should come to the bar.
         settings: what is changed in the job.
-        bar: DETR's is lower: at a quarter of so small an image its masks can't draw poles, which are a pixel wide.
+        bar: DETR's is lower: it learns slowly, and masks of a quarter of the image can't draw poles of one pixel.
     """
 
     job: str
