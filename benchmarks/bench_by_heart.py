@@ -25,7 +25,7 @@ from raysseg.data import read_class_map, read_index
 from raysseg.data.batches import Pair, build_feed, iter_batches, iter_chunks, iter_pairs
 from raysseg.data.example import draw_example
 from raysseg.data.index import SampleIndex
-from raysseg.ledger import Ledger
+from raysseg.ledger import Ledger, num_steps
 from raysseg.loop import Step, build_state, fit, resolve_precision, wrap
 from raysseg.metrics import Metrics
 from raysseg.models import SegModel, build_model
@@ -98,7 +98,7 @@ def iter_scores(job: TrainJob, num_images: int, every: int) -> Iterator[tuple[in
     state = build_state(model, job.optimizer, dtype)
     wrapped = wrap(model, is_compiled=False, channels_last=job.channels_last)
     batches = iter_batches(feed, iter_chunks(feed))
-    total = job.schedule.epochs * feed.num_positions // job.batch.global_size
+    total = job.schedule.epochs * num_steps(feed.num_positions, job.batch.global_size)
     for event in fit(wrapped, state, batches, num_samples=feed.num_positions, order_hash="", job=job, dtype=dtype):
         if isinstance(event, Step) and (event.step % every == 0 or event.step == total):
             yield event.step, measure(model.eval(), index, classes, job, dtype)

@@ -30,6 +30,7 @@ from raysseg.data.coco import (
     to_sample_ids,
     write_json,
 )
+from raysseg.data.decode import decode_rgb
 from raysseg.data.files import READERS, read_file, read_rows, write_image
 from raysseg.data.index import Failure, SampleIndex, Written
 from raysseg.masks import IMAGE_ERRORS, IdMap, pack_id_map, to_dense, to_numbers
@@ -122,7 +123,8 @@ def read_samples(source: CocoPanopticSource, references: pa.Table, *, with_image
         return Sample(row["sample_id"], image, row["height"], row["width"], pack_id_map(numbers), segments)
 
     # what lies on disk waits on decoding: more threads than cores take twice the CPU time
-    return read_rows(read, references, READERS if storage.is_remote(source.masks) else 2)
+    folders = [source.masks, *([source.images] if with_images and source.images is not None else [])]
+    return read_rows(read, references, READERS if any(map(storage.is_remote, folders)) else 2)
 
 
 def _to_numbers(data: bytes, segment_ids: list[int], size: tuple[int, int]) -> IdMap:
@@ -131,7 +133,7 @@ def _to_numbers(data: bytes, segment_ids: list[int], size: tuple[int, int]) -> I
     Raises:
         InputError: the PNG can't be decoded, has another size, or other segments than the annotations file.
     """
-    pixels = _decode_rgb(data)
+    pixels = _decode_mask(data)
     if pixels.shape[:2] != size:
         raise InputError(
             f"the panoptic PNG is {pixels.shape[1]}x{pixels.shape[0]}, the annotations file says {size[1]}x{size[0]} "
@@ -140,13 +142,11 @@ def _to_numbers(data: bytes, segment_ids: list[int], size: tuple[int, int]) -> I
     return number_segments(pixels, segment_ids)
 
 
-def _decode_rgb(data: bytes) -> npt.NDArray[np.uint8]:
+def _decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
     """(H, W, 3); plain RGB by OpenCV, in half of Pillow's time, and what it refuses by Pillow, which says why."""
-    if data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x02":  # 8 bits a channel, no palette and no transparency
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels: npt.NDArray[np.uint8] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if pixels is not None:
-            return pixels
+    is_plain = data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x02"  # 8 bits a channel, no palette, no transparency
+    if is_plain and (pixels := decode_rgb(data)) is not None:
+        return pixels
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
             return np.array(file.convert("RGB"))

@@ -92,7 +92,7 @@ class MaskRcnn(SegModel):
     image counts alike; but the gradient does depend on how a global batch is split, unlike the other models'.
 
     Detections are the net's own: scores above 0.05, overlaps (of one class) up to 0.5, as many of an image as a job's
-    `inference` asks for, which thins them further.
+    `inference` asks for, though of no more boxes than the net's proposals, 1,000.
     """
 
     head_prefixes = tuple(f"net.{name}" for name in HEADS)

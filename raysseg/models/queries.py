@@ -231,11 +231,11 @@ class SetLoss(nn.Module):
             nothing = layer.mask_logits[:, :0].sum()  # keeps the masks in the graph where no region is
             parts = [torch.stack([nothing, nothing])]
             for i, (truth, pair) in enumerate(zip(truths, pairs, strict=True)):
-                logits, masks = layer.mask_logits[i, pair.queries], truth.masks[pair.regions]
+                logits = layer.mask_logits[i, pair.queries]
                 if settings.num_points is None:
-                    parts += _dense_mask_terms(logits, masks, truth.is_valid, settings.mask_loss)
-                elif len(masks):
-                    parts.append(_point_mask_terms(logits, masks, truth.is_valid, points[i], settings))
+                    parts += _dense_mask_terms(logits, truth.masks[pair.regions], truth.is_valid, settings.mask_loss)
+                elif len(logits):
+                    parts.append(_point_mask_terms(logits, truth, pair.regions, points[i], settings))
             terms["masks"], terms["dice"] = torch.stack(parts).sum(0)
         return {name: term for name, term in terms.items() if getattr(settings.factors, name)}
 
@@ -299,7 +299,7 @@ def _scaled_mask_terms(
     return _mask_terms(scaled, masks[:, is_valid].to(logits.dtype), torch.ones_like(scaled), mask_loss)
 
 
-def _point_mask_terms(logits: Tensor, masks: Tensor, is_valid: Tensor, points: Tensor, settings: Settings) -> Tensor:
+def _point_mask_terms(logits: Tensor, truth: _Truth, regions: Tensor, points: Tensor, settings: Settings) -> Tensor:
     """The mask loss and Dice of an image's pairs at points where the masks are least certain, and at some others, (2,).
 
     PointRend's choice (Kirillov et al. 2020) as in Mask2Former, but that the regions of an image share the points that
@@ -309,13 +309,15 @@ def _point_mask_terms(logits: Tensor, masks: Tensor, is_valid: Tensor, points: T
     num_certain = int(IMPORTANCE * settings.num_points)
     with torch.no_grad():
         candidates = points[: OVERSAMPLING * settings.num_points].to(logits.dtype)
-        uncertainty = (-sample(logits, candidates).abs()).masked_fill(~_sample_valid(is_valid, candidates), -torch.inf)
+        uncertainty = (-sample(logits, candidates).abs()).masked_fill(
+            ~_sample_valid(truth.is_valid, candidates), -torch.inf
+        )
         chosen = candidates[uncertainty.topk(num_certain, dim=1).indices]  # (N, P, 2)
         others = points[OVERSAMPLING * settings.num_points :].to(logits.dtype)
-        chosen = torch.cat([chosen, others.expand(len(masks), -1, -1)], 1)
-        places = zip(torch.split(masks, WIDE_CHUNK), torch.split(chosen, WIDE_CHUNK), strict=True)
-        wanted = torch.cat([sample(some.to(logits.dtype), there) for some, there in places])
-        counts = _sample_valid(is_valid, chosen.flatten(0, 1)).view(chosen.shape[:2]).to(logits.dtype)
+        chosen = torch.cat([chosen, others.expand(len(logits), -1, -1)], 1)
+        parts = zip(torch.split(regions, WIDE_CHUNK), torch.split(chosen, WIDE_CHUNK), strict=True)
+        wanted = torch.cat([sample(truth.masks[some].to(logits.dtype), there) for some, there in parts])
+        counts = _sample_valid(truth.is_valid, chosen.flatten(0, 1)).view(chosen.shape[:2]).to(logits.dtype)
     return _mask_terms(sample(logits, chosen), wanted, counts, settings.mask_loss)
 
 
@@ -386,7 +388,7 @@ def _look(truth: _Truth, points: Tensor) -> tuple[Tensor, Tensor]:
     if not len(points):
         return points, points.new_zeros((len(truth.class_ids), 0))
     kept = points[_sample_valid(truth.is_valid, points)]
-    return kept, sample(truth.masks.to(points.dtype), kept)
+    return kept, torch.cat([sample(some.to(points.dtype), kept) for some in torch.split(truth.masks, WIDE_CHUNK)])
 
 
 def _costs(layer: Queries, i: int, truth: _Truth, points: Tensor, wanted: Tensor, settings: Settings) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -321,6 +323,13 @@ def test_real_panoptic_data() -> None:
         assert counts[:-1].tolist() == expected[:-1].tolist()
 
 
+def with_size(png: Path, side: int) -> bytes:
+    """A PNG whose header says another size."""
+    data = png.read_bytes()
+    head = b"IHDR" + struct.pack(">II", side, side) + data[24:29]
+    return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -333,12 +342,14 @@ def test_real_panoptic_data() -> None:
             "^0000: the panoptic PNG has no pixel of segment 5",
         ),
         (lambda entry, mask: mask.write_bytes(b"\x89PNG"), "^0000: the panoptic PNG can't be decoded"),
+        (lambda entry, mask: mask.write_bytes(with_size(mask, 40000)), "^0000: the panoptic PNG can't be decoded"),
+        (lambda entry, mask: mask.write_bytes(mask.read_bytes()[:-200]), "^0000: the panoptic PNG can't be decoded"),
         (
             lambda entry, mask: Image.new("RGB", (3, 4)).save(mask),
             r"^0000: the panoptic PNG is 3x4, the annotations file says 128x96",
         ),
     ],
-    ids=["lacks", "no pixel", "damaged", "size"],
+    ids=["lacks", "no pixel", "damaged", "huge", "truncated", "size"],
 )
 def test_bad_panoptic_png(break_it: Any, message: str, tmp_path: Path) -> None:
     draw_example(tmp_path, num_train=1, num_val=1, size=(96, 128))

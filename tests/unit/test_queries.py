@@ -144,7 +144,8 @@ def test_normalisers_are_counted_by_hand() -> None:
 @pytest.mark.parametrize("class_weights", [None, WEIGHTS])
 @pytest.mark.parametrize("settings", [DETR, MASK2FORMER, RFDETR])
 def test_parts_of_a_batch_add_up_to_the_whole(settings: Settings, class_weights: list[float] | None) -> None:
-    targets, layers = make_targets(), make_layers()
+    num_groups = 2 if settings is RFDETR else 1
+    targets, layers = make_targets(), make_layers(num_queries=num_groups * NUM_QUERIES)
     loss, inputs = criterion(settings, class_weights), leaves(layers)
     whole = loss(layers, targets, None)
     expected = torch.autograd.grad(total(whole), inputs, allow_unused=True, materialize_grads=True)
@@ -321,11 +322,12 @@ def test_points_are_where_masks_are_uncertain() -> None:
     """A mask that is sure but for one half: three quarters of the points lie there, and some of the rest."""
     logits = torch.full((1, 8, 8), 20.0)
     logits[..., 4:] = 0
-    masks = torch.zeros(1, 8, 8, dtype=torch.bool)
+    nothing = torch.zeros(1, 8, 8, dtype=torch.bool)
+    truth = queries._Truth(torch.tensor([0]), nothing, ~nothing[0], torch.zeros(1, 4))
     points = queries._draw_points(torch.tensor([3]), 400)[0]
     assert len(points) == 3 * 400 + 100
     settings = replace(MASK2FORMER, num_points=400)
-    mean, _ = queries._point_mask_terms(logits, masks, torch.ones(8, 8, dtype=torch.bool), points, settings)
+    mean, _ = queries._point_mask_terms(logits, truth, torch.tensor([0]), points, settings)
     uncertain = (0.75 + 0.25 / 2) * np.log(2)  # log 2 there, 20 elsewhere, something between at the edge
     assert float(mean) == pytest.approx(uncertain + 0.125 * 20, rel=0.25)
 
