@@ -10,8 +10,10 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +24,14 @@ from raysseg import config
 from raysseg.catalogue import HEADLINES
 from raysseg.config import TrainJob
 from raysseg.data import read_class_map, read_index
-from raysseg.data.batches import Pair, build_feed, iter_batches, iter_chunks, iter_pairs
+from raysseg.data.batches import build_feed, iter_batches, iter_chunks, iter_pairs
 from raysseg.data.example import draw_example
 from raysseg.data.index import SampleIndex
 from raysseg.ledger import Ledger, num_steps
 from raysseg.loop import Step, build_state, fit, resolve_precision, wrap
 from raysseg.metrics import Metrics
 from raysseg.models import SegModel, build_model
-from raysseg.predictor import predict
+from raysseg.predictor import Predicted, predict, predict_pairs
 from raysseg.schema import ClassMap
 
 NUM_IMAGES = 8
@@ -69,7 +71,7 @@ CASES = {
 }
 
 
-def load_case(name: str, folder: Path) -> TrainJob:
+def load_case(name: str, folder: Path, changes: Sequence[str] = ()) -> TrainJob:
     """Draws the images of a case, and reads its job."""
     case = CASES[name]
     draw_example(folder, num_train=NUM_IMAGES, num_val=1, size=SIZE)
@@ -81,7 +83,7 @@ def load_case(name: str, folder: Path) -> TrainJob:
         "data.augment=null",
         "batch={global_size: 4, per_worker: 4}",
     )
-    job = config.load(case.job, (*settings, *case.settings))
+    job = config.load(case.job, (*settings, *case.settings, *changes))
     assert isinstance(job, TrainJob)
     return job
 
@@ -109,11 +111,10 @@ def measure(
     model: SegModel, index: SampleIndex, classes: ClassMap, job: TrainJob, dtype: torch.dtype
 ) -> dict[str, float]:
     metrics = Metrics(job.task, classes)
-    for batch in iter_pairs(index, classes, job.task, rows=4):
-        pairs = [pair for pair in batch if isinstance(pair, Pair)]
-        views = predict(model, [pair.image for pair in pairs], job.data.size, dtype, job.inference)
-        for pair, view in zip(pairs, views, strict=True):
-            metrics.update(pair.sample_id, view, pair.truth)
+    forward = partial(predict, model, size=job.data.size, dtype=dtype, inference=job.inference)
+    for item in chain.from_iterable(predict_pairs(forward, iter_pairs(index, classes, job.task, rows=4))):
+        assert isinstance(item, Predicted), item
+        metrics.update(item.pair.sample_id, item.prediction, item.pair.truth)
     return metrics.compute()
 
 
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--job", help="a train job, in place of the tiny models")
     parser.add_argument("--images", type=int, default=NUM_IMAGES, help="of the job's")
     parser.add_argument("--every", type=int, default=50, help="steps between two scores")
-    parser.add_argument("settings", nargs="*", help="dotted.key=value, of the job")
+    parser.add_argument("settings", nargs="*", help="dotted.key=value, of the job or the tiny models'")
     options = parser.parse_args()
     if options.job is not None:
         job = config.load(options.job, options.settings)
@@ -152,7 +153,9 @@ def main() -> None:
     rows = []
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(learn(load_case(name, Path(folder)), CASES[name].metric, NUM_IMAGES, options.every))
+            rows.append(
+                learn(load_case(name, Path(folder), options.settings), CASES[name].metric, NUM_IMAGES, options.every)
+            )
     what = "by-heart" if options.models == list(CASES) else f"by-heart-{'-'.join(options.models)}"
     write_result(what, device_name(), rows, vars(options))
 

@@ -48,7 +48,9 @@ def write_result(what: str, device: str, rows: Sequence[Row], settings: Mapping[
     content = {
         "what": what,
         "device": device,
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": " ".join(
+            ["python", *(Path(part).name if part.startswith("/") else part for part in sys.orig_argv[1:])]
+        ),
         "versions": installed_versions() | {name: version(name) for name in ("ray", "opencv-python-headless")},
         "settings": dict(settings),
         "rows": [dict(row) for row in rows],

@@ -26,7 +26,7 @@ from raysseg.schema import ClassMap, Task
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 Labels = npt.NDArray[np.uint8 | np.uint16]  # (H, W) class indices, ClassMap.ignore where not labelled
 
-PER_CLASS = {"iou": "IoU", "dice": "Dice", "pq": "PQ", "mask_ap": "mask AP"}
+PER_CLASS = ("iou", "dice", "pq", "mask_ap")  # what is shown of each class
 TERMS = {
     "miou": "mIoU",
     "iou": "IoU",
@@ -161,10 +161,10 @@ def render(page: ReportPage) -> str:
         figures=figures[:FIGURES],
         more_figures=figures[FIGURES:],
         score_label=to_label(HEADLINES[page.task]),
-        columns={key: label for key, label in PER_CLASS.items() if any(m.startswith(f"{key}/") for m in page.metrics)},
+        columns={key: to_label(key) for key in PER_CLASS if any(m.startswith(f"{key}/") for m in page.metrics)},
         curves=run_curves(page, headline),
         class_curves=class_curves(page),
-        class_measure=PER_CLASS.get(class_measure(page), ""),
+        class_measure=to_label(class_measure(page)),
         shares=np.nan_to_num(to_shares(page.confusion.sum(axis=1))) if page.confusion is not None else None,
         matrix=to_shares(page.confusion) if page.confusion is not None and has_matrix else None,
         confusions=frequent_confusions(page.confusion, 10 if has_matrix else 30) if page.confusion is not None else [],

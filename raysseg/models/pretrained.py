@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from raysseg import storage
+from raysseg.config import Model
 from raysseg.models.base import MEAN, STD
 from raysseg.schema import ClassMap, InputError
 
@@ -53,6 +54,16 @@ def read_config(kind: type[Config], weights: str) -> Config:
     with _naming(weights):
         config: Config = kind.from_pretrained(_source(weights))
     return config
+
+
+def check_size(model: Model, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    """Raises InputError where weights are of another size than the model's; each value is told by its name."""
+    if found != wanted:
+        described = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise InputError(
+            f"model.weights: {model.weights} has {described}, which is no {model.name}; "
+            "name the model that the weights are of"
+        )
 
 
 def read_net(

@@ -20,9 +20,9 @@ from transformers.models.rf_detr.modeling_rf_detr import RfDetrForInstanceSegmen
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets, to_whole_strides
-from raysseg.models.pretrained import read_config, read_net, set_classes, write_preprocessing
+from raysseg.models.pretrained import check_size, read_config, read_net, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings, to_mask_set
-from raysseg.schema import ClassMap, InputError, Task
+from raysseg.schema import ClassMap, Task
 
 # the authors' code; its class factor of 5 for masks was said to be a mistake, and never took effect
 COSTS = Factors(classes=2, masks=5, dice=5, l1=5, giou=2)
@@ -183,12 +183,7 @@ def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights
     if model.weights is None:
         return RfDetr(_from_scratch(model.name, classes), classes, task)
     config = read_config(RfDetrConfig, model.weights)
-    if (found := _size(config)) != _size(CONFIGS[model.name]()):
-        described = ", ".join(f"{name} {value}" for name, value in found.items())
-        raise InputError(
-            f"model.weights: {model.weights} has {described}, which is no {model.name}; "
-            "name the model that the weights are of"
-        )
+    check_size(model, _size(config), _size(CONFIGS[model.name]()))
     config.dropout = 0.0  # as the authors train; transformers' default is another
     heads = ["model.class_embed", *(f"model.model.enc_out_class_embed.{i}" for i in range(config.group_detr))]
     net = read_net(RfDetrForInstanceSegmentation, model.weights, config, classes, heads, bias=PRIOR)

@@ -27,9 +27,9 @@ from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models import eomt
 from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets, to_whole_strides
-from raysseg.models.pretrained import read_config, read_kind, read_net, set_classes, write_preprocessing
+from raysseg.models.pretrained import check_size, read_config, read_kind, read_net, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings, class_scores, decode
-from raysseg.schema import ClassMap, InputError, Task
+from raysseg.schema import ClassMap, Task
 
 Net: TypeAlias = Mask2FormerForUniversalSegmentation | EomtForUniversalSegmentation
 Config: TypeAlias = Mask2FormerConfig | EomtConfig
@@ -232,7 +232,7 @@ def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights
     backbone = getattr(config, "backbone_config", None)
     if backbone is not None and read_kind(model.weights) == backbone.model_type:
         found = read_config(type(backbone), model.weights)
-        _check_size(model, _size(found), _size(backbone))
+        check_size(model, _size(found), _size(backbone))
         set_classes(config, classes)
         net = kind(config)
         net.model.pixel_level_module.encoder = read_net(
@@ -240,7 +240,7 @@ def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights
         )
         return Universal(net, classes, task, class_weights)
     found = read_config(type(config), model.weights)
-    _check_size(model, _size(found), _size(config))
+    check_size(model, _size(found), _size(config))
     net = read_net(kind, model.weights, found, classes, ["class_predictor"])
     return Universal(net, classes, task, class_weights)
 
@@ -255,15 +255,6 @@ def _size(config: PreTrainedConfig) -> dict[str, object]:
         "eomt": ("num_hidden_layers", "hidden_size", "patch_size"),
     }.get(config.model_type, ())
     return {name: getattr(config, name) for name in names}
-
-
-def _check_size(model: Model, found: dict[str, object], wanted: dict[str, object]) -> None:
-    if found != wanted:
-        described = ", ".join(f"{name} {value}" for name, value in found.items())
-        raise InputError(
-            f"model.weights: {model.weights} has {described}, which is no {model.name}; "
-            "name the model that the weights are of"
-        )
 
 
 def load(name: str, folder: Path, classes: ClassMap, task: Task) -> Universal:
