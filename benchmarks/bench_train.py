@@ -24,7 +24,7 @@ from raysseg import config
 from raysseg.data import read_class_map
 from raysseg.data.batches import Batch
 from raysseg.data.example import draw_example
-from raysseg.loop import CheckpointDue, build_state, fit, learning_rate_factor, resolve_precision, wrap
+from raysseg.loop import EpochResult, build_state, fit, learning_rate_factor, resolve_precision, wrap
 from raysseg.models import SegModel, Targets, build_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +86,7 @@ def our_round(job: config.TrainJob, batches: list[Batch], steps: int) -> Round:
     def train() -> float:
         started = time.perf_counter()
         for event in events:
-            if isinstance(event, CheckpointDue):
+            if isinstance(event, EpochResult):
                 break
         synchronise()
         return num_samples / (time.perf_counter() - started)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysseg.schema import InputError
+from raysseg.schema import InputError, RunStopped
 
 if TYPE_CHECKING:
     from raysseg.config import Job
@@ -27,13 +27,16 @@ JOB_VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns 0 when done, 2 for what the user can mend, 1 for a bug of ours."""
+    """Runs one verb; returns 0 when done, 2 for what the user can mend, 1 for a bug, 128 and more after a signal."""
     options = _parser().parse_args(arguments)
     try:
         result = _run(options)
     except InputError as error:
         print(f"raysseg: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stop:
+        print(f"raysseg: stopped: {stop.message}", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("raysseg: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

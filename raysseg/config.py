@@ -403,6 +403,28 @@ class Optimizer(Section):
     """Largest norm of the whole gradient; null: no clipping."""
 
 
+class EarlyStopping(Section):
+    """When a run ends before its last epoch."""
+
+    patience: Annotated[int, Field(ge=1)]
+    """Epochs without a better value."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a value must be better to count."""
+    metric: str | None = None
+    """Default: checkpoint.metric."""
+    mode: Literal["max", "min"] | None = None
+    """Default: checkpoint.mode."""
+
+
+class Ema(Section):
+    """An exponential moving average of the weights, kept beside them."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9998
+    """What of the average stays in a step; less in the first steps: (1 + step) / (10 + step) at most."""
+    is_used: bool = True
+    """Validation scores, and the bundle holds, the average; false: it is only kept in the checkpoints."""
+
+
 class Schedule(Section):
     """How long, and how the learning rate moves."""
 
@@ -412,6 +434,8 @@ class Schedule(Section):
     decay: Literal["polynomial", "cosine", "none"] = "polynomial"
     power: Annotated[float, Field(gt=0)] = 1.0
     """Of the polynomial."""
+    early_stopping: EarlyStopping | None = None
+    """End before the last epoch where a metric no longer gets better; null: never."""
 
 
 class Batch(Section):
@@ -432,6 +456,20 @@ class Scaling(Section):
     """Default: 1 where the cluster has GPUs, else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
     """Reserved for a worker beside its data tasks, which take whole CPUs: some must stay free for them."""
+    step_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without any worker's progress after which those that hold up the others are named and replaced."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Failures in a row, without a new checkpoint in between, that a run outlives; preemptions don't count."""
+
+    @property
+    def max_workers(self) -> int:
+        """At most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def min_workers(self) -> int:
+        """At least."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def in_process(self) -> bool:
@@ -445,14 +483,38 @@ class Scaling(Section):
         return self
 
 
-class Checkpoint(Section):
-    """What is kept, and by which measure."""
+Interval = Annotated[str, Field(pattern=r"^[1-9]\d* (steps?|epochs?|seconds?|minutes?|hours?)$")]
+"""Such as `500 steps`, `10 minutes` or `1 epoch`."""
 
+_SECONDS = {"second": 1, "minute": 60, "hour": 3600}
+
+
+class Checkpoint(Section):
+    """When training's state is saved, what is kept, and by which measure."""
+
+    every: Interval = "10 minutes"
+    """Such as `500 steps`, `10 minutes` or `1 epoch`; the end of each epoch is saved besides."""
     keep: Annotated[int, Field(ge=1)] = 2
     """The best so many checkpoints and bundles stay, and the newest checkpoint."""
     metric: str = ""
     """Default: val/miou, val/mask_ap or val/pq, as the task is."""
     mode: Literal["max", "min"] = "max"
+
+    def every_steps(self, steps_per_epoch: int) -> int | None:
+        """Optimiser steps between two checkpoints; None where they go by time."""
+        amount, unit = self._amount
+        return {"step": amount, "epoch": amount * steps_per_epoch}.get(unit)
+
+    @property
+    def every_s(self) -> float | None:
+        """Seconds between two checkpoints; None where they go by steps."""
+        amount, unit = self._amount
+        return amount * _SECONDS[unit] if unit in _SECONDS else None
+
+    @property
+    def _amount(self) -> tuple[int, str]:
+        amount, _, unit = self.every.partition(" ")
+        return int(amount), unit.removesuffix("s")
 
 
 class Validation(Section):
@@ -578,6 +640,10 @@ class TrainJob(DataJob):
     validation: Validation = Validation()
     inference: Inference = Inference()
     """In validation; the bundle takes it along."""
+    ema: Ema | None = None
+    """An average of the weights beside them; null: none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose gradient is not finite: stop the run, or leave the step out; its samples are named and saved."""
     precision: Precision = "auto"
     """auto: bf16 on GPUs that have it, else fp32."""
     compile: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,19 +14,13 @@ class Ledger:
 
     Attributes:
         epoch: from 0.
-        position: first position of the epoch that is not used yet.
+        position: first position of the epoch that is not used yet; all of them where only the validation is to come.
         order_hash: of the epoch's order; another hash means that the data, their factors or the seed have changed.
     """
 
     epoch: int = 0
     position: int = 0
     order_hash: str = ""
-
-    def after(self, position: int, num_samples: int) -> Ledger:
-        """The ledger after everything before `position` has been used."""
-        if position >= num_samples:
-            return Ledger(epoch=self.epoch + 1)
-        return replace(self, position=position)
 
 
 def num_steps(num_samples: int, global_size: int) -> int:

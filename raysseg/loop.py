@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class NonFinite:
+    """The gradient was not finite: the step changed nothing but the place in the data; its Step follows.
+
+    Attributes:
+        positions: of this rank's micro-batches whose loss is not finite; all of this rank's where every loss is.
+        losses: of all of this rank's micro-batches.
+    """
+
+    epoch: int
+    step: int
+    positions: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class EpochResult:
     """An epoch is over.
 
@@ -51,8 +67,8 @@ class EpochResult:
         step: steps done so far in the run.
         metrics: `train/loss` (mean over the epoch's steps, over all ranks), `train/<term>`, `train/lr`,
             `train/images_per_s`, `train/wait_share` (of the time, waiting for data; the slowest rank's),
-            `train/stall_s` (seconds that training stood still after the epoch before, to validate and to save).
-        failures: samples that this rank skipped in this epoch.
+            `train/stall_s` (seconds that training stood still since the epoch before, to validate and to save).
+        failures: samples that this rank skipped since the last checkpoint.
     """
 
     epoch: int
@@ -61,57 +77,119 @@ class EpochResult:
     failures: tuple[Failure, ...]
 
 
-@dataclass(frozen=True)
-class CheckpointDue:
-    """The state is whole, and worth keeping."""
+class Tally:
+    """What an epoch has come to so far.
 
-    ledger: Ledger
-    step: int
+    Attributes:
+        shared: sums over all ranks, as far as they have been shared: they go into checkpoints.
+        failures: samples that this rank skipped and has not told of yet.
+    """
+
+    def __init__(self, shared: dict[str, float] | None = None) -> None:
+        self.shared = dict(shared or {})
+        self.failures: list[Failure] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._losses: dict[str, Tensor] = {}  # on the device, so that no step waits for them
+        self._counts = dict.fromkeys(("steps", "images", "stall_s"), 0.0)
+        self._wait_s = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], num_images: int, *, is_counted: bool) -> None:
+        """Adds a step; `losses` are this rank's, scaled to the whole, and left out of the means unless they count."""
+        for name, value in losses.items():
+            counted = value.double() if is_counted else value.new_zeros((), dtype=torch.float64)
+            self._losses[name] = self._losses.get(name, 0.0) + counted
+        self._counts["steps"] += is_counted
+        self._counts["images"] += num_images
+
+    def add_time(self, *, wait_s: float = 0.0, stall_s: float = 0.0) -> None:
+        """Counts seconds of waiting for data, and of standing still."""
+        self._wait_s += wait_s
+        self._counts["stall_s"] += stall_s
+
+    def share(self, device: torch.device) -> None:
+        """Adds up what the ranks have counted since the last time; every rank must call it."""
+        names = sorted(self._losses)
+        losses = torch.stack([self._losses[name] for name in names]) if names else torch.zeros(1, device=device)
+        slowest = torch.tensor(self._wait_s, device=device)
+        num_ranks = 1
+        if dist.is_initialized():
+            num_ranks = dist.get_world_size()
+            dist.all_reduce(losses)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        sums = dict(zip((f"loss/{name}" for name in names), (losses / num_ranks).tolist(), strict=False))
+        sums |= self._counts | {"wait_s": float(slowest), "elapsed_s": time.perf_counter() - self._started}
+        for name, value in sums.items():
+            self.shared[name] = self.shared.get(name, 0.0) + value
+        self._begin()
+
+    def summarise(self) -> dict[str, float]:
+        """The epoch's means; what has been shared counts."""
+        sums = self.shared
+        terms = {name[5:]: value / max(sums["steps"], 1) for name, value in sums.items() if name.startswith("loss/")}
+        elapsed = max(sums["elapsed_s"], 1e-9)
+        return {
+            "train/loss": sum(terms.values()),
+            **{f"train/{name}": value for name, value in terms.items()},
+            "train/images_per_s": sums["images"] / elapsed,
+            "train/wait_share": sums["wait_s"] / elapsed,
+            "train/stall_s": sums["stall_s"],
+        }
 
 
 @dataclass
 class TrainState:
-    """What training changes. A checkpoint holds all of it.
+    """What training changes. A checkpoint holds all of it; dropout and augmentation follow from the step and the seed.
 
     Attributes:
         model: without DDP or compile around it.
         optimizer: with its groups' `base_lr`.
         scaler: for fp16; disabled otherwise.
+        ema: a second model with the average of the weights, if there is one.
         step: optimiser steps done.
         ledger: how far the data have been used.
+        tally: what the epoch has come to.
         history: a row of metrics an epoch.
     """
 
     model: SegModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    ema: SegModel | None = None
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
+    tally: Tally = field(default_factory=Tally)
     history: list[dict[str, float]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so that reading it back runs no code."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of state_dict."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
 
 
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def build_state(model: SegModel, optimizer: config.Optimizer, dtype: torch.dtype) -> TrainState:
+def build_state(
+    model: SegModel, optimizer: config.Optimizer, dtype: torch.dtype, ema: config.Ema | None = None
+) -> TrainState:
     """A fresh state for a model that is on its device already."""
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return TrainState(model, build_optimizer(model, optimizer), scaler)
+    average = copy.deepcopy(model).requires_grad_(False).eval() if ema is not None else None
+    return TrainState(model, build_optimizer(model, optimizer), scaler, average)
 
 
 def build_optimizer(model: SegModel, settings: config.Optimizer) -> torch.optim.Optimizer:
@@ -213,62 +291,94 @@ def fit(
     order_hash: str,
     job: config.TrainJob,
     dtype: torch.dtype,
-) -> Iterator[Step | EpochResult | CheckpointDue]:
+) -> Iterator[Step | NonFinite | EpochResult]:
     """Trains from the state's ledger to the schedule's last epoch.
 
     Args:
         model: `state.model` as `wrap` gave it.
-        state: changed in place; whole whenever a value is yielded.
+        state: changed in place; whole whenever a value is yielded, so that it may be saved then.
         batches: this rank's micro-batches of each global batch, from the ledger's position on.
         num_samples: positions of an epoch, over all ranks.
         order_hash: fingerprint of the data and their order, for the ledger.
-        job: its batch, schedule, optimizer, seed and channels_last are used.
+        job: its batch, schedule, optimizer, ema, seed and channels_last are used.
         dtype: of the forward passes.
 
     Yields:
-        A Step after each optimiser step, an EpochResult and a CheckpointDue after each epoch.
+        A Step after each optimiser step, a NonFinite before it where the step was left out, an EpochResult after each
+        epoch.
     """
-    steps_per_epoch = num_steps(num_samples, job.batch.global_size)
-    total = steps_per_epoch * job.schedule.epochs
-    stall_s = 0.0
+    total = num_steps(num_samples, job.batch.global_size) * job.schedule.epochs
+    device = next(state.model.parameters()).device
+    statistics = _Statistics(state.model)
     while state.ledger.epoch < job.schedule.epochs:
         epoch = state.ledger.epoch
-        tally = _Tally(next(state.model.parameters()).device)
-        for start in range(state.ledger.position, num_samples, job.batch.global_size):
-            before = time.perf_counter()
-            micro_batches = next(batches)
-            wait_s = time.perf_counter() - before
+        starts = range(state.ledger.position, num_samples, job.batch.global_size)
+        ahead = _fetch(batches, job, epoch, device) if starts else None
+        for start in starts:
+            stop = min(start + job.batch.global_size, num_samples)
+            assert ahead is not None
+            micro_batches, pairs, wait_s = ahead
             factor = learning_rate_factor(job.schedule, state.step, total)
             _set_rate(state.optimizer, factor)
-            lr = job.optimizer.lr * factor
             _seed_dropout(job.seed, state.step)
             state.model.set_progress(state.step / total)
-            losses = _optimise(model, state, micro_batches, job, dtype)
-            stop = min(start + job.batch.global_size, num_samples)
+            statistics.keep()
+            parts = _backward(model, state, pairs, dtype)
+            ahead = _fetch(batches, job, epoch, device) if stop < num_samples else None  # while the device computes
+            is_finite = _update(state, job)
+            if not is_finite:
+                statistics.restore()
+            losses = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+            loss = torch.stack(list(losses.values())).sum()
             state.step += 1
-            state.ledger = Ledger(epoch, start, order_hash).after(stop, num_samples)
-            tally.add(losses, micro_batches, stop - start, wait_s)
-            yield Step(epoch, state.step, sum(losses.values(), torch.zeros(())), lr, wait_s)
-        metrics = tally.summarise() | {"train/lr": lr, "train/stall_s": stall_s}
-        ended = time.perf_counter()
-        yield EpochResult(epoch, state.step, metrics, tuple(tally.failures))
-        yield CheckpointDue(state.ledger, state.step)
-        stall_s = time.perf_counter() - ended
+            state.ledger = Ledger(epoch, stop, order_hash)
+            state.tally.failures += [failure for batch in micro_batches for failure in batch.failures]
+            is_counted = is_finite or (state.scaler.is_enabled() and bool(torch.isfinite(loss)))
+            state.tally.add(losses, stop - start, is_counted=is_counted)
+            state.tally.add_time(wait_s=wait_s)
+            before = time.perf_counter()
+            if not is_counted:
+                yield _name_non_finite(epoch, state.step, micro_batches, parts)
+            yield Step(epoch, state.step, loss, job.optimizer.lr * factor, wait_s)
+            state.tally.add_time(stall_s=time.perf_counter() - before)
+        state.tally.share(device)
+        factor = learning_rate_factor(job.schedule, state.step - 1, total)
+        metrics = state.tally.summarise() | {"train/lr": job.optimizer.lr * factor}
+        failures = tuple(state.tally.failures)
+        state.ledger, state.tally = Ledger(epoch + 1, 0, order_hash), Tally()
+        before = time.perf_counter()
+        yield EpochResult(epoch, state.step, metrics, failures)
+        state.tally = Tally()  # its clock starts now
+        state.tally.add_time(stall_s=time.perf_counter() - before)
 
 
-def _optimise(
-    model: nn.Module, state: TrainState, micro_batches: list[Batch], job: config.TrainJob, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """One optimiser step over a global batch; returns this rank's losses, scaled to the whole.
+class _Fetched(NamedTuple):
+    """A rank's part of a global batch: as it came, and on the device."""
+
+    micro_batches: list[Batch]
+    pairs: list[tuple[Tensor, Targets]]
+    wait_s: float
+
+
+def _fetch(batches: Iterator[list[Batch]], job: config.TrainJob, epoch: int, device: torch.device) -> _Fetched:
+    before = time.perf_counter()
+    micro_batches = next(batches)
+    wait_s = time.perf_counter() - before
+    move = partial(to_device, device=device, channels_last=job.channels_last, seed=job.seed, epoch=epoch)
+    return _Fetched(micro_batches, [move(batch) for batch in micro_batches], wait_s)
+
+
+def _backward(
+    model: nn.Module, state: TrainState, pairs: list[tuple[Tensor, Targets]], dtype: torch.dtype
+) -> list[dict[str, Tensor]]:
+    """The gradient of a global batch; returns this rank's losses by micro-batch, scaled to the whole.
 
     DDP averages gradients over ranks, while each rank's loss is its part of one sum: hence the factor `num_ranks`.
     """
     device = next(state.model.parameters()).device
-    move = partial(to_device, device=device, channels_last=job.channels_last, seed=job.seed, epoch=state.ledger.epoch)
-    pairs = [move(batch) for batch in micro_batches]
     normalisers = _sum_normalisers([state.model.normalisers(targets) for _, targets in pairs])
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    totals: dict[str, Tensor] = {}
+    parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
     for i, (images, targets) in enumerate(pairs):
         is_last = i == len(pairs) - 1
@@ -278,14 +388,57 @@ def _optimise(
                 outputs: Outputs = model(images, targets, normalisers)
             loss = sum(outputs.losses.values(), torch.zeros((), device=device)) * num_ranks
             state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        for name, value in outputs.losses.items():
-            totals[name] = totals.get(name, torch.zeros((), device=device)) + value.detach() * num_ranks
+        parts.append({name: value.detach() * num_ranks for name, value in outputs.losses.items()})
+    return parts
+
+
+def _update(state: TrainState, job: config.TrainJob) -> bool:
+    """Applies the gradient, unless it is not finite; every rank has the same one, and decides alike."""
+    state.scaler.unscale_(state.optimizer)
+    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
     if job.optimizer.clip_norm is not None:
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), job.optimizer.clip_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    return totals
+        norm = nn.utils.clip_grad_norm_(parameters, job.optimizer.clip_norm)
+    else:
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    is_finite = bool(torch.isfinite(norm))
+    if is_finite or state.scaler.is_enabled():  # fp16's scaler leaves such a step out by itself, and learns from it
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    if is_finite and job.ema is not None and state.ema is not None:
+        _average(state.ema, state.model, min(job.ema.decay, (1 + state.step) / (10 + state.step)))
+    return is_finite
+
+
+@torch.no_grad()
+def _average(ema: SegModel, model: SegModel, decay: float) -> None:
+    """Moves the average towards the model; what is no weight, such as BatchNorm's statistics, is taken as it is."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
+        average.copy_(buffer)
+
+
+class _Statistics:
+    """The running statistics of BatchNorm, which a forward pass changes: what they were before a step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def keep(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+
+    def restore(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept)
+
+
+def _name_non_finite(epoch: int, step: int, micro_batches: list[Batch], parts: list[dict[str, Tensor]]) -> NonFinite:
+    losses = [float(torch.stack(list(part.values())).sum()) for part in parts]
+    blamed = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
+    positions = [int(p) for batch in blamed or micro_batches for p in batch.positions if p >= 0]
+    return NonFinite(epoch, step, tuple(positions), tuple(losses))
 
 
 def _sum_normalisers(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -306,43 +459,3 @@ def _seed_dropout(seed: int, step: int) -> None:
     """Dropout follows from (seed, step, rank), so that a resumed run draws what an unbroken one would have."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
-
-
-class _Tally:
-    """What an epoch has come to; on the device until the end, so that no step waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._started = time.perf_counter()
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-        self._images = 0
-        self._wait_s = 0.0
-        self.failures: list[Failure] = []
-
-    def add(self, losses: dict[str, Tensor], micro_batches: list[Batch], num_images: int, wait_s: float) -> None:
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value
-        self._steps += 1
-        self._images += num_images
-        self._wait_s += wait_s
-        self.failures += [failure for batch in micro_batches for failure in batch.failures]
-
-    def summarise(self) -> dict[str, float]:
-        """The epoch's means over all ranks; every rank must call it."""
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[name] for name in names]).double() / self._steps
-        wait = torch.tensor(self._wait_s)
-        if dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-            wait = wait.to(self._device)
-            dist.all_reduce(wait, dist.ReduceOp.MAX)
-        elapsed = time.perf_counter() - self._started
-        terms = {f"train/{name}": value for name, value in zip(names, means.tolist(), strict=True)}
-        return {
-            "train/loss": float(means.sum()),
-            **terms,
-            "train/images_per_s": self._images / elapsed,
-            "train/wait_share": float(wait) / elapsed,
-        }

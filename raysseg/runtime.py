@@ -137,5 +137,6 @@ def as_input_error(error: BaseException | None) -> InputError | None:
         if isinstance(current, InputError) and not hasattr(current, "cause"):  # Ray's own doubles carry a cause
             return current
         failures = getattr(current, "worker_failures", {})
-        queue += [current.__cause__, getattr(current, "cause", None), *failures.values()]
+        inner = (getattr(current, name, None) for name in ("__cause__", "cause", "controller_failure"))
+        queue += [*inner, *failures.values()]
     return None

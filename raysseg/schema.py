@@ -120,3 +120,15 @@ class Sample:
     width: int
     id_map: bytes | None
     segments: tuple[Segment, ...] | None = None
+
+
+class RunStopped(Exception):  # noqa: N818 - like KeyboardInterrupt
+    """A run ended because a signal asked for it; what it has come to is saved.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, signal)
+        self.message, self.signal = message, signal

@@ -39,10 +39,42 @@ def settle(job: TrainJob, history: History) -> None:
         (value,) = (row[metric] for row in history if row["step"] == step)
         best = {"bundle": f"bundles/{step:08d}", "step": step, "metric": metric, "value": value}
         storage.write_text(storage.join(run_uri, "best.json"), json.dumps(best))
-    keep = checkpoint.best(scored, job.checkpoint.keep)
-    newest = checkpoint.steps(run_uri)[-2:]
-    checkpoint.thin(storage.join(run_uri, "checkpoints"), checkpoint.MANIFEST, keep | set(newest))
-    checkpoint.thin(storage.join(run_uri, "bundles"), bundles.MANIFEST, keep | _pending(job, history))
+    thin(job, history)
+
+
+def thin(job: TrainJob, history: History) -> None:
+    """Deletes the checkpoints and bundles that are not worth keeping: the best stay, and the newest two checkpoints."""
+    keep = checkpoint.best(_scored(job, history), job.checkpoint.keep)
+    newest = checkpoint.steps(job.run_uri)[-2:]
+    checkpoint.thin(storage.join(job.run_uri, "checkpoints"), checkpoint.MANIFEST, keep | set(newest))
+    checkpoint.thin(storage.join(job.run_uri, "bundles"), bundles.MANIFEST, keep | _pending(job, history))
+
+
+def has_stalled(job: TrainJob, history: History) -> bool:
+    """Whether early stopping ends the run: so many epochs in a row, as far as they are scored, were not better."""
+    rule = job.schedule.early_stopping
+    if rule is None:
+        return False
+    metric, mode = rule.metric or job.checkpoint.metric, rule.mode or job.checkpoint.mode
+    best, since = -math.inf, 0
+    for value in (row[metric] for row in history if metric in row):
+        score = value if mode == "max" else -value
+        best, since = (score, 0) if score > best + rule.min_delta else (best, since + 1)
+    return since >= rule.patience
+
+
+def per_worker(job: TrainJob) -> int:
+    """Images a worker's forward pass: as the job says, or what they were halved to when memory ran out."""
+    uri = storage.join(job.run_uri, "per_worker.json")
+    if not storage.exists(uri):
+        return job.batch.per_worker
+    return int(json.loads(storage.read_text(uri))["per_worker"])
+
+
+def write_per_worker(job: TrainJob, images: int) -> None:
+    """Sets the images of a worker's forward pass for the rest of the run."""
+    uri = storage.join(job.run_uri, "per_worker.json")
+    storage.write_text(uri, json.dumps({"per_worker": images, "because": "a GPU ran out of memory"}))
 
 
 def read_history(job: TrainJob) -> History:

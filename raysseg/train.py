@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
-import time
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +15,20 @@ import torch
 
 from raysseg import bundle as bundles
 from raysseg import report, standing, storage
-from raysseg.config import EvaluateJob, Scaling, TrainJob
+from raysseg.config import Scaling, TrainJob
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.batches import iter_chunks, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, update_failures
 from raysseg.data.sampling import Factors, Presence, num_positions, repeat_factors
-from raysseg.evaluate import Evaluation, describe_failures, measure, score
+from raysseg.evaluate import Evaluation, describe_failures, measure
+from raysseg.link import Alone, Signals, signals_noted
 from raysseg.losses import ClassPixels, balance, count_pixels, count_regions
 from raysseg.masks import BINARY_MEND, MaskSet, SegmentMap, to_dense, to_view
 from raysseg.metrics import Metrics
-from raysseg.runtime import as_input_error, connect, gpus_per_worker, log_to_stderr, num_shares, spread
-from raysseg.schema import ClassMap, InputError, Task
-from raysseg.worker import Plan, Saved, train_epochs
-
-if TYPE_CHECKING:
-    import ray.train
+from raysseg.runtime import spread
+from raysseg.schema import ClassMap, InputError, RunStopped, Task
+from raysseg.validation import evaluation_of, validate_bundle
+from raysseg.worker import Plan, Stopped, train_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +55,7 @@ def train(job: TrainJob) -> TrainResult:
     Raises:
         InputError: the data or the weights can't be used, or the run exists with other settings.
         StorageError: a source or the storage can't be reached.
+        RunStopped: SIGTERM or Ctrl-C ended the run, which is saved.
     """
     classes = read_class_map(job.classes, job.data.train)
     _check_metric(job, classes)
@@ -78,7 +73,7 @@ def train(job: TrainJob) -> TrainResult:
     factors = _repeat_factors(job, splits["train"], counted["train"][1])
     plan = Plan(job, classes, splits["train"], splits["val"], weights, fingerprint, factors)
     if _unfinished(job):
-        _train_here(plan) if job.scaling.in_process else _train_on_ray(plan)
+        _train(plan)
     return _finish(plan, counts)
 
 
@@ -87,8 +82,12 @@ def train(job: TrainJob) -> TrainResult:
 
 def _check_metric(job: TrainJob, classes: ClassMap) -> None:
     known = ["train/loss", *(f"val/{name}" for name in Metrics(job.task, classes, job.metrics).compute())]
-    if job.checkpoint.metric not in known:
-        raise InputError(f"checkpoint.metric: received {job.checkpoint.metric!r}; allowed: {', '.join(known)}")
+    asked = {"checkpoint.metric": job.checkpoint.metric}
+    if job.schedule.early_stopping is not None and job.schedule.early_stopping.metric is not None:
+        asked["schedule.early_stopping.metric"] = job.schedule.early_stopping.metric
+    for key, metric in asked.items():
+        if metric not in known:
+            raise InputError(f"{key}: received {metric!r}; allowed: {', '.join(known)}")
 
 
 def _look_at(split: str, index: SampleIndex, classes: ClassMap, task: Task) -> None:
@@ -251,175 +250,29 @@ def _unfinished(job: TrainJob) -> bool:
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def _train_here(plan: Plan) -> None:
-    """All epochs in this process, without Ray."""
+def _train(plan: Plan) -> None:
+    """All epochs, here or on Ray; Stopped where a signal ended them."""
+    with signals_noted() as signals:
+        if plan.job.scaling.in_process:
+            was_stopped = _train_here(plan, signals)
+        else:
+            from raysseg.trainer import train_on_ray
+
+            was_stopped = train_on_ray(plan, signals)
+    if was_stopped:
+        assert signals.received is not None
+        raise RunStopped(f"{plan.job.run_uri} is saved; the same command goes on from there", signals.received)
+
+
+def _train_here(plan: Plan, signals: Signals) -> bool:
+    """All epochs in this process, without Ray; returns whether they were stopped."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for _ in train_epochs(plan, iter_chunks, device):
-        pass
-
-
-def _train_on_ray(plan: Plan) -> None:
-    """All epochs in Ray Train's workers, fed by Ray Data.
-
-    Ray's own state goes to <run>/ray, under a new name each time: it is our checkpoints that a run goes on from.
-    """
-    import ray.train
-    import ray.train.torch
-
-    connect()
-    scaling = plan.job.scaling
-    gpus = gpus_per_worker(scaling)
-    _check_room(scaling)
-    beside = _resources_beside(plan.job)
-    plan_ref = ray.put(replace(plan, validates_beside=beside is not None))
-    filesystem, path = storage.filesystem(storage.join(plan.job.run_uri, "ray"))
-    trainer = ray.train.torch.TorchTrainer(
-        _run_rank,
-        train_loop_config={"plan": plan_ref},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=time.strftime("%Y%m%d-%H%M%S"),
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # its files hold the rest
-        ),
-        validation_config=_validation_config(plan_ref, beside) if beside is not None else None,
-    )
+    events = partial(train_epochs, plan, iter_chunks, device, Alone(signals))
     try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise as_input_error(error) or error from None
-
-
-def _check_room(scaling: Scaling) -> None:
-    """Says so where the workers would take every CPU: their data tasks would then wait for ever."""
-    import ray
-
-    cpus = ray.cluster_resources().get("CPU", 0.0)
-    taken = num_shares(scaling) * scaling.cpus_per_worker
-    if isinstance(scaling.workers, int) and taken > cpus - 1:
-        raise InputError(
-            f"scaling: {scaling.workers} workers of {scaling.cpus_per_worker:g} CPUs take {taken:g} of the cluster's "
-            f"{cpus:g}, and their data tasks need one more; lower scaling.workers or scaling.cpus_per_worker"
-        )
-
-
-def _run_rank(settings: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker."""
-    import ray.train
-    import ray.train.torch
-
-    from raysseg.data import stream
-
-    log_to_stderr()
-    logging.getLogger().setLevel(logging.WARNING)  # some of Ray's loggers stand outside of its own tree
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # a hint on speed, for GPUs
-    plan: Plan = ray.get(settings["plan"])
-    rank = ray.train.get_context().get_world_rank()
-    if rank:
-        logging.getLogger("raysseg").setLevel(logging.WARNING)
-    statistics: list[str] = []
-    share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
-    threads = min(max(share, 2), 8)  # more would wait for each other's Python
-    decode = plan.job.data.decode
-    open_stream = partial(stream.iter_chunks, report=statistics.append, decode=decode, threads=threads)
-    for saved in train_epochs(plan, open_stream, ray.train.torch.get_device()):
-        _report_to_ray(saved, plan)
-    if rank == 0:
-        text = "\n".join(statistics)
-        logger.info("Ray Data delivered the training bytes of worker 0:\n%s", text)
-        storage.write_text(storage.join(plan.job.run_uri, "data.log"), text)
-
-
-def _report_to_ray(saved: Saved, plan: Plan) -> None:
-    """Tells Ray Train of an epoch; its checkpoint is a pointer to ours, so that nothing is copied."""
-    import ray.train
-
-    if not saved.checkpoint_uri:
-        ray.train.report(saved.row)
-        return
-    with tempfile.TemporaryDirectory(prefix="raysseg-") as folder:
-        (Path(folder) / "pointer.json").write_text(json.dumps({"uri": saved.checkpoint_uri, "step": saved.step}))
-        pointer = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(saved.row, checkpoint=pointer, validation=plan.validates_beside)
-
-
-# --- validation beside training -----------------------------------------------------------------------------------
-
-
-def _resources_beside(job: TrainJob) -> dict[str, float] | None:
-    """What a validation task holds beside the workers; None where they validate themselves."""
-    import ray
-
-    gpus = gpus_per_worker(job.scaling)
-    wanted = {
-        "num_cpus": job.validation.cpus,
-        "num_gpus": gpus if job.validation.gpus is None else job.validation.gpus,
-    }
-    if job.validation.where == "inline":
-        return None
-    there, workers = ray.cluster_resources(), num_shares(job.scaling)
-    has_cpus = there.get("CPU", 0.0) - workers * job.scaling.cpus_per_worker - 1 >= wanted["num_cpus"]
-    has_gpus = there.get("GPU", 0.0) - workers * gpus >= wanted["num_gpus"]
-    if has_cpus and has_gpus:
-        logger.info("validation runs beside training, as a task of %g CPUs and %g GPUs", *wanted.values())
-        return wanted
-    if job.validation.where == "beside":
-        raise InputError(
-            f"validation: a task of {wanted['num_cpus']:g} CPUs and {wanted['num_gpus']:g} GPUs has no room beside "
-            f"{workers} workers and one data task in the cluster's {there.get('CPU', 0):g} CPUs and "
-            f"{there.get('GPU', 0):g} GPUs; lower validation.cpus or scaling.workers, or set validation.where=inline"
-        )
-    return None
-
-
-def _validation_config(plan_ref: ray.ObjectRef[Plan], resources: dict[str, float]) -> ray.train.ValidationConfig:
-    import ray.train
-
-    settings = ray.train.ValidationTaskConfig(fn_kwargs={"plan": [plan_ref]})
-    return ray.train.ValidationConfig(_validate_beside, settings, ray_remote_kwargs=resources)
-
-
-def _validate_beside(checkpoint: ray.train.Checkpoint, plan: list[ray.ObjectRef[Plan]]) -> dict[str, float]:
-    """Scores an epoch's bundle, in a task that Ray Train starts; the run finds the numbers on storage."""
-    import ray
-
-    log_to_stderr()
-    known: Plan = ray.get(plan[0])
-    with checkpoint.as_directory() as folder:
-        step = int(json.loads((Path(folder) / "pointer.json").read_text())["step"])
-    return _validate_bundle(known, step, Scaling(workers=0))
-
-
-def _validate_bundle(plan: Plan, step: int, scaling: Scaling) -> dict[str, float]:
-    found = score(_evaluation(plan, standing.bundle_uri(plan.job, step), scaling), plan.classes)
-    metrics = {f"val/{name}": value for name, value in found.items()}
-    standing.write_validation(plan.job, step, metrics)
-    return metrics
-
-
-def _evaluation(plan: Plan, bundle_uri: str, scaling: Scaling) -> EvaluateJob:
-    """The job that scores a bundle over the validation split."""
-    job = plan.job
-    return EvaluateJob(
-        kind="evaluate",
-        name=job.name,
-        task=job.task,
-        data=job.data.val,
-        bundle=bundle_uri,
-        metrics=job.metrics,
-        inference=job.inference,
-        batch=job.batch,
-        precision=job.precision,
-        scaling=scaling,
-    )
+        return any(isinstance(event, Stopped) for event in events())
+    except torch.OutOfMemoryError:
+        pass  # what the first attempt held is freed only outside of this block
+    return any(isinstance(event, Stopped) for event in events())
 
 
 # --- after --------------------------------------------------------------------------------------------------------
@@ -435,7 +288,7 @@ def _finish(plan: Plan, counts: dict[str, ClassPixels]) -> TrainResult:
     if not storage.exists(storage.join(bundle_uri, bundles.MANIFEST)):
         (row,) = (row for row in history if row["step"] == best["step"])
         bundles.copy(storage.join(job.run_uri, best["bundle"]), bundle_uri, row)
-    evaluation = measure(_evaluation(plan, bundle_uri, scaling), plan.classes)
+    evaluation = measure(evaluation_of(plan, bundle_uri, scaling), plan.classes)
     update_failures(job.run_uri, "val", evaluation.failures)
     report_uri = storage.join(job.run_uri, "report.html")
     storage.write_text(report_uri, report.render(_report_page(plan, counts, evaluation, history, best)))
@@ -450,7 +303,7 @@ def _whole_history(plan: Plan, scaling: Scaling) -> standing.History:
     for step in standing.not_validated(history):
         if storage.exists(storage.join(standing.bundle_uri(job, step), bundles.MANIFEST)):
             logger.info("step %d: its validation was cut off; it is done now", step)
-            _validate_bundle(plan, step, scaling)
+            validate_bundle(plan, step, scaling)
     history = standing.with_validations(job, history)
     standing.settle(job, history)
     return history

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,16 +16,17 @@ import torch
 import torch.distributed as dist
 
 from raysseg import bundle as bundles
-from raysseg import checkpoint, standing
+from raysseg import checkpoint, standing, storage
 from raysseg.bundle import Bundle, Preprocessing
 from raysseg.config import TrainJob
-from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_pairs
+from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_pairs, read_ids
 from raysseg.data.index import Failure, SampleIndex, write_failures
 from raysseg.data.sampling import Factors, order_hash
 from raysseg.ledger import num_steps
+from raysseg.link import Link, Wish
 from raysseg.loop import (
-    CheckpointDue,
     EpochResult,
+    NonFinite,
     Step,
     TrainState,
     build_state,
@@ -35,12 +38,19 @@ from raysseg.loop import (
 from raysseg.metrics import Metrics
 from raysseg.models import SegModel, build_model
 from raysseg.predictor import predict, predict_pairs
+from raysseg.saver import Saved, Saver
 from raysseg.schema import ClassMap, InputError
 
 logger = logging.getLogger(__name__)
 
 OpenStream = Callable[[Feed], Iterator[Batch]]
 """Delivers the chunks of a feed in turn."""
+
+Event = Step | NonFinite | EpochResult
+
+_FIRST_STEPS = 20  # of a start; later, memory runs out for other reasons than the batch
+_MOST_LEFT_OUT = 10  # steps in a row whose gradient is not finite
+_LOOK_S = 5.0  # between two questions whether a node is going away
 
 
 @dataclass(frozen=True)
@@ -69,62 +79,113 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """An epoch is trained and on storage; the first rank alone knows where."""
+class Stopped:
+    """The run was asked to end; what it has come to is on storage."""
 
     step: int
-    row: dict[str, float]
-    checkpoint_uri: str
 
 
-def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device) -> Iterator[Saved]:
+def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device, link: Link) -> Iterator[Saved | Stopped]:
     """Trains this rank from the newest checkpoint on; every rank runs it, the first one writes.
 
     Args:
         plan: see Plan.
         open_stream: delivers the chunks of a feed.
         device: this rank's.
+        link: to whoever started the run.
 
     Yields:
-        After each epoch, once it is on storage.
+        A Saved once an epoch is on storage; the last value may be a Stopped.
+
+    Raises:
+        InputError: the data or the gradient can't be used, or memory does not suffice.
+        StorageError: an epoch can't be saved.
+        torch.OutOfMemoryError: run it again, which takes half as many images a forward pass.
     """
-    job = plan.job
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    asked = plan.job.batch.per_worker
+    plan = _with_room(plan, num_workers)
+    job = plan.job
     torch.manual_seed(job.seed)
     dtype = resolve_precision(job.precision, device)
-    state = build_state(_build_on(plan, device, num_workers), job.optimizer, dtype)
+    state = build_state(_build_on(plan, device, num_workers), job.optimizer, dtype, job.ema)
     hash_now = order_hash(plan.train, open_groups=job.data.open_shards, seed=job.seed, factors=plan.factors)
     _resume(state, plan, hash_now, rank)
     feed = build_feed(
         job, plan.train, plan.classes, state.ledger, rank=rank, num_workers=num_workers, factors=plan.factors
     )
     model = wrap(state.model, is_compiled=job.compile, channels_last=job.channels_last)
+    scored = state.ema if state.ema is not None and job.ema is not None and job.ema.is_used else state.model
+    agree = _Agreement(num_workers)
+    wish = agree(Wish.FINISH if standing.has_stalled(job, state.history) else Wish.NOTHING)
+    if wish & Wish.FINISH:
+        return
+    keeper = _Keeper(plan, state, rank, num_steps(feed.num_positions, job.batch.global_size))
     progress = _Progress(job, feed.num_positions, state.step) if rank == 0 else None
-    skipped = _Skipped(plan, rank)
+    incidents = _Incidents(job, feed, rank)
     events = fit(
         model,
         state,
-        iter_batches(feed, open_stream(feed)),
+        _marked(iter_batches(feed, open_stream(feed)), state, link),
         num_samples=feed.num_positions,
         order_hash=hash_now,
         job=job,
         dtype=dtype,
     )
-    for event in events:
+    for event in _naming_memory(events, job, asked=asked, first_step=state.step):
         match event:
+            case NonFinite():
+                incidents.note(event)
             case Step():
                 if progress is not None:
                     progress.show(event)
+                link.mark("agree", state.step)
+                wish = agree(link.wishes() | keeper.wishes())
+                if wish & Wish.LOOK:
+                    keeper.is_preempted = link.is_preempted()
+                if keeper.owes and wish & (Wish.REPORT | Wish.SAVE | Wish.STOP):
+                    yield keeper.report()
+                if wish & Wish.FINISH:
+                    break
+                if wish & (Wish.SAVE | Wish.STOP):
+                    link.mark("save", state.step)
+                    keeper.save()
+                if wish & Wish.STOP:
+                    keeper.finish()
+                    yield Stopped(state.step)
+                    return
+                link.mark("step", state.step)
             case EpochResult():
+                link.mark("save", state.step)
+                if keeper.owes:
+                    yield keeper.report()
+                link.mark("validate", state.step)
                 scores: dict[str, float] = {}
                 failures: list[Failure] = []
                 if not plan.validates_beside:
-                    scores, failures = _validate(state.model, plan, rank, num_workers, dtype)
-                skipped.add(event.failures, failures)
+                    scores, failures = _validate(scored, plan, rank, num_workers, dtype)
                 state.history.append({"epoch": event.epoch, "step": event.step, **event.metrics, **scores})
-            case CheckpointDue():
-                uri = _save(state, plan) if rank == 0 else ""
-                yield Saved(state.step, state.history[-1], uri)
+                link.mark("save", state.step)
+                keeper.save_epoch(event.failures, failures)
+                if (wish := agree(link.wishes() | keeper.wishes())) & (Wish.FINISH | Wish.STOP):
+                    break
+    link.mark("save", state.step)
+    if keeper.owes:
+        yield keeper.report()
+    keeper.finish()
+    if wish & Wish.STOP and not wish & Wish.FINISH and state.ledger.epoch < job.schedule.epochs:
+        yield Stopped(state.step)
+
+
+def _with_room(plan: Plan, num_workers: int) -> Plan:
+    """The plan with as many images a forward pass as were found to fit."""
+    found = [standing.per_worker(plan.job)]
+    if num_workers > 1:
+        dist.broadcast_object_list(found)
+    if found[0] == plan.job.batch.per_worker:
+        return plan
+    batch = plan.job.batch.model_copy(update={"per_worker": found[0]})
+    return replace(plan, job=plan.job.model_copy(update={"batch": batch}))
 
 
 def _build_on(plan: Plan, device: torch.device, num_workers: int) -> SegModel:
@@ -160,6 +221,7 @@ def _validate(
     job = plan.job
     metrics = Metrics(job.task, plan.classes, job.metrics)
     failures: list[Failure] = []
+    was_training = model.training
     model.eval()
     batches = iter_pairs(
         plan.val, plan.classes, job.task, rows=job.batch.per_worker, share=rank, num_shares=num_workers
@@ -170,13 +232,188 @@ def _validate(
             failures.append(item)
         else:
             metrics.update(item.pair.sample_id, item.prediction, item.pair.truth)
-    model.train()
+    model.train(was_training)
     if num_workers > 1:
         states: list[Any] = [None] * num_workers
         dist.all_gather_object(states, metrics.state())
         for state in states:
             metrics.merge(state)
     return {f"val/{name}": value for name, value in metrics.compute(plan.val.ranking).items()}, failures
+
+
+# --- from step to step --------------------------------------------------------------------------------------------
+
+
+def _marked(steps: Iterator[list[Batch]], state: TrainState, link: Link) -> Iterator[list[Batch]]:
+    """The same steps; the link learns when the rank waits for data."""
+    while True:
+        link.mark("data", state.step)
+        step = next(steps, None)
+        if step is None:
+            return
+        link.mark("step", state.step)
+        yield step
+
+
+def _naming_memory(events: Iterator[Event], job: TrainJob, *, asked: int, first_step: int) -> Iterator[Event]:
+    """The same events; where the first steps don't fit into a GPU's memory, the run is set to smaller passes, once."""
+    step = first_step
+    try:
+        for event in events:
+            step = event.step
+            yield event
+    except torch.OutOfMemoryError as error:
+        size = job.batch.per_worker
+        if step - first_step < _FIRST_STEPS and size == asked > 1:
+            standing.write_per_worker(job, size // 2)
+            logger.warning(
+                "out of memory with batch.per_worker=%d; the run goes on with %d and twice the accumulation, "
+                "which leaves the global batch as it is",
+                size,
+                size // 2,
+            )
+            raise
+        raise InputError(
+            f"batch.per_worker: {size} images of {list(job.data.crop)} do not fit into the GPU's memory ({error}); "
+            "lower batch.per_worker or data.crop, take a smaller model, or set precision=bf16"
+        ) from error
+
+
+class _Agreement:
+    """One wish of all ranks. It goes by the CPU, so that no GPU is waited for."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._group = dist.new_group(backend="gloo") if num_workers > 1 else None
+
+    def __call__(self, wish: Wish) -> Wish:
+        """What any rank wants; every rank must call it."""
+        if self._group is None:
+            return wish
+        bits = torch.tensor(int(wish))
+        assert isinstance(self._group, dist.ProcessGroup)
+        dist.all_reduce(bits, dist.ReduceOp.BOR, group=self._group)
+        return Wish(int(bits))
+
+
+class _Keeper:
+    """When the run is saved. Every rank has one and asks alike; the first one's writes.
+
+    Attributes:
+        is_preempted: a node is going away: one checkpoint after the other is written.
+        owes: an epoch was handed over, and not reported yet.
+    """
+
+    def __init__(self, plan: Plan, state: TrainState, rank: int, steps_per_epoch: int) -> None:
+        job = plan.job
+        self.is_preempted = False
+        self.owes = False
+        self._job, self._state = job, state
+        self._saver = _build_saver(plan) if rank == 0 else None
+        self._skipped = _Skipped(plan, rank)
+        self._every_steps, self._every_s = job.checkpoint.every_steps(steps_per_epoch), job.checkpoint.every_s
+        self._saved_step, self._saved_at = state.step, time.monotonic()
+        self._looked_at = time.monotonic()
+
+    def wishes(self) -> Wish:
+        """What is due; does not wait."""
+        if self._saver is None:
+            return Wish.NOTHING
+        wish = Wish.NOTHING
+        now = time.monotonic()
+        if self._saver.has_epoch:
+            wish |= Wish.REPORT
+        if now - self._looked_at > _LOOK_S:
+            self._looked_at = now
+            wish |= Wish.LOOK
+        if standing.has_stalled(self._job, self._state.history):
+            wish |= Wish.FINISH
+        by_steps = self._every_steps is not None and self._state.step - self._saved_step >= self._every_steps
+        by_time = self._every_s is not None and now - self._saved_at >= self._every_s
+        if (by_steps or by_time or self.is_preempted) and not self._saver.is_busy:
+            wish |= Wish.SAVE
+        return wish
+
+    def save(self) -> None:
+        """Begins to save a checkpoint; every rank must call it."""
+        self._state.tally.share(next(self._state.model.parameters()).device)
+        self._skipped.add(tuple(self._state.tally.failures), [])
+        self._state.tally.failures.clear()
+        self._hand_over(is_epoch=False)
+
+    def save_epoch(self, train: tuple[Failure, ...], val: list[Failure]) -> None:
+        """Begins to save an epoch and what it skipped; every rank must call it."""
+        self._skipped.add(train, val)
+        self._hand_over(is_epoch=True)
+        self.owes = True
+
+    def _hand_over(self, *, is_epoch: bool) -> None:
+        if self._saver is not None:
+            self._saver.save(self._state, is_epoch=is_epoch)
+        self._saved_step, self._saved_at = self._state.step, time.monotonic()
+
+    def report(self) -> Saved:
+        """Waits for the epoch that is being saved."""
+        self.owes = False
+        if self._saver is None:
+            row = self._state.history[-1]
+            return Saved(self._state.step, row, "")
+        saved = self._saver.take(self._state)
+        row, metric = saved.row, self._job.checkpoint.metric
+        score = f"{metric} {row[metric]:.4f}" if metric in row else f"{metric} is to come"
+        what = f"epoch {int(row['epoch']) + 1}: train loss {row['train/loss']:.4f}, {score}"
+        logger.info("%s; saved %s", what, saved.checkpoint_uri)
+        if standing.has_stalled(self._job, self._state.history):
+            logger.info("%s has not become better for long enough: training ends (schedule.early_stopping)", metric)
+        return saved
+
+    def finish(self) -> None:
+        """Waits for what is being saved."""
+        if self._saver is not None:
+            self._saver.finish()
+
+
+def _build_saver(plan: Plan) -> Saver:
+    job = plan.job
+    bundle = Bundle(
+        uri="",
+        task=job.task,
+        classes=plan.classes,
+        model=job.model.name,
+        preprocessing=Preprocessing(job.data.size),
+        metrics={},
+        job=job.model_dump(mode="json"),
+        fingerprint=plan.fingerprint,
+        inference=job.inference,
+        versions=bundles.installed_versions(),
+    )
+    return Saver(job, bundle, validates_beside=plan.validates_beside)
+
+
+class _Incidents:
+    """Steps whose gradient was not finite: their samples are named and saved, as <run>/nonfinite/<step>-<rank>.json."""
+
+    def __init__(self, job: TrainJob, feed: Feed, rank: int) -> None:
+        self._job, self._feed, self._rank = job, feed, rank
+        self._last_step = -1
+        self._in_a_row = 0
+
+    def note(self, event: NonFinite) -> None:
+        """Raises InputError unless the job says that such steps are left out."""
+        ids = read_ids(self._feed, event.epoch, event.positions)
+        content = {"epoch": event.epoch, "step": event.step, "sample_ids": ids, "losses": list(map(str, event.losses))}
+        uri = storage.join(self._job.run_uri, "nonfinite", f"{event.step:08d}-{self._rank}.json")
+        storage.write_text(uri, json.dumps(content, indent=2))
+        self._in_a_row = self._in_a_row + 1 if event.step == self._last_step + 1 else 1
+        self._last_step = event.step
+        what = f"step {event.step}: the gradient is not finite, with the samples {', '.join(ids)}; {uri} lists them"
+        if self._job.on_nonfinite == "skip" and self._in_a_row < _MOST_LEFT_OUT:
+            logger.warning("%s; the step is left out", what)
+            return
+        why = f", {self._in_a_row} times in a row" if self._job.on_nonfinite == "skip" else ""
+        raise InputError(
+            f"{what}{why}. Look at these samples; lower optimizer.lr, set optimizer.clip_norm or precision=fp32, "
+            "or set on_nonfinite=skip to leave such steps out"
+        )
 
 
 class _Skipped:
@@ -212,17 +449,18 @@ class _Progress:
         self._per_epoch = num_steps(num_samples, job.batch.global_size)
         self._total = self._per_epoch * job.schedule.epochs
         self._since_step, self._since = step, time.monotonic()
-        self._shown = 0.0
+        self._shown_step, self._shown = step, time.monotonic() - self._EVERY_S
+        self._wait_s = 0.0
 
     def show(self, event: Step) -> None:
         now = time.monotonic()
+        self._wait_s += event.wait_s
         if now - self._shown < self._EVERY_S and event.step % self._per_epoch:
             return
-        self._shown = now
         pace = (event.step - self._since_step) / max(now - self._since, 1e-9)
         left = int((self._total - event.step) / max(pace, 1e-9))
         logger.info(
-            "epoch %d/%d  step %d/%d  loss %.4f  lr %.2e  %.1f images/s  %d:%02d left",
+            "epoch %d/%d  step %d/%d  loss %.4f  lr %.2e  %.1f images/s  data %.0f ms/step  %.1f GiB  %d:%02d left",
             event.epoch + 1,
             self._job.schedule.epochs,
             (event.step - 1) % self._per_epoch + 1,
@@ -230,41 +468,16 @@ class _Progress:
             float(event.loss),
             event.lr,
             pace * self._job.batch.global_size,
+            1000 * self._wait_s / max(event.step - self._shown_step, 1),
+            _memory() / 2**30,
             left // 60,
             left % 60,
         )
+        self._shown_step, self._shown, self._wait_s = event.step, now, 0.0
 
 
-# --- saving -------------------------------------------------------------------------------------------------------
-
-
-def _save(state: TrainState, plan: Plan) -> str:
-    """Puts an epoch on storage: checkpoint, metrics, a bundle if it may be among the best; the checkpoint's URI."""
-    job = plan.job
-    if plan.validates_beside:
-        state.history = standing.with_validations(job, state.history)
-    uri = checkpoint.write(job.run_uri, state)
-    if standing.is_among_best(job, state.history) or plan.validates_beside:
-        _write_bundle(state, plan)
-    standing.settle(job, state.history)
-    row, metric = state.history[-1], job.checkpoint.metric
-    score = f"{metric} {row[metric]:.4f}" if metric in row else f"{metric} is to come"
-    logger.info("epoch %d: train loss %.4f, %s; saved %s", int(row["epoch"]) + 1, row["train/loss"], score, uri)
-    return uri
-
-
-def _write_bundle(state: TrainState, plan: Plan) -> None:
-    job = plan.job
-    bundle = Bundle(
-        uri=standing.bundle_uri(job, state.step),
-        task=job.task,
-        classes=plan.classes,
-        model=job.model.name,
-        preprocessing=Preprocessing(job.data.size),
-        metrics=state.history[-1],
-        job=job.model_dump(mode="json"),
-        fingerprint=plan.fingerprint,
-        inference=job.inference,
-        versions=bundles.installed_versions(),
-    )
-    bundles.write(bundle, state.model)
+def _memory() -> int:
+    """The most bytes that were in use so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux

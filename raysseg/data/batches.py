@@ -251,6 +251,12 @@ def _order(feed: Feed, epoch: int) -> Order:
     )
 
 
+def read_ids(feed: Feed, epoch: int, positions: Sequence[int]) -> list[str]:
+    """The samples at some positions of an epoch, by their ids."""
+    rows = _order(feed, epoch).rows[np.array(positions, np.int64)]
+    return feed.index.take(rows).sample_ids
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,9 @@ from raysseg.data import read_class_map, read_index
 from raysseg.data.batches import Feed, build_feed, iter_batches, iter_chunks
 from raysseg.evaluate import evaluate
 from raysseg.ledger import Ledger
+from raysseg.link import Alone, Signals
 from raysseg.predictor import Predictor
+from raysseg.saver import Saved
 from raysseg.schema import InputError
 from raysseg.train import TrainResult, train
 from raysseg.worker import Plan, train_epochs
@@ -104,7 +106,7 @@ def test_broken_off_run_ends_as_an_unbroken_one(
 ) -> None:
     """Bit for bit: weights after one epoch, a stop, and one more equal those of two epochs at once."""
     job = example_job(str(example), str(tmp_path), "scaling.workers=0", "name=broken")
-    epochs = train_epochs(plan_of(job), iter_chunks, torch.device("cpu"))
+    epochs = train_epochs(plan_of(job), iter_chunks, torch.device("cpu"), Alone(Signals()))
     next(epochs)
     epochs.close()
     logging.getLogger("raysseg").propagate = True
@@ -123,10 +125,12 @@ def plan_of(job: TrainJob) -> Plan:
 
 def test_damaged_checkpoint_is_passed_over(example: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job = example_job(str(example), str(tmp_path), "scaling.workers=0", "name=damaged", "schedule.epochs=3")
-    epochs = train_epochs(plan_of(job), iter_chunks, torch.device("cpu"))
-    newest = [next(epochs).checkpoint_uri for _ in range(2)][-1]
+    epochs = train_epochs(plan_of(job), iter_chunks, torch.device("cpu"), Alone(Signals()))
+    saved = [next(epochs) for _ in range(2)][-1]
+    assert isinstance(saved, Saved)
+    newest = saved.checkpoint_uri
     epochs.close()
-    state = Path(newest, "state.pt")
+    state = next(Path(newest).glob("state*.pt"))
     state.write_bytes(state.read_bytes()[:-1] + b"!")
     logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):

@@ -246,15 +246,6 @@ def test_deal_gives_every_position_to_one_rank(num_workers: int, per_worker: int
     )
 
 
-def test_ledger_goes_on_within_an_epoch_and_to_the_next() -> None:
-    ledger = Ledger(epoch=2, position=8, order_hash="x")
-    assert ledger.after(16, 20) == Ledger(2, 16, "x")
-    assert ledger.after(19, 20) == Ledger(2, 19, "x")
-    assert ledger.after(20, 20) == Ledger(epoch=3, position=0)
-    assert ledger.after(24, 20).epoch == 3
-    assert ledger.position == 8
-
-
 def test_number_of_steps_counts_the_last_smaller_batch() -> None:
     assert [num_steps(n, 8) for n in (1, 7, 8, 9, 16, 17)] == [1, 1, 1, 2, 2, 3]
 

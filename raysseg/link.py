@@ -1,0 +1,95 @@
+"""What a rank and whoever started the run tell each other. No torch, no Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntFlag
+from types import FrameType
+from typing import Protocol
+
+
+class Wish(IntFlag):
+    """What a rank wants all of them to do after a step."""
+
+    NOTHING = 0
+    SAVE = 1
+    """Save a checkpoint."""
+    STOP = 2
+    """Save a checkpoint and end."""
+    REPORT = 4
+    """Tell that an epoch is on storage."""
+    LOOK = 8
+    """Ask whether a node is going away."""
+    FINISH = 16
+    """End: more epochs would not help."""
+
+
+class Link(Protocol):
+    """What ties a rank to whoever started the run."""
+
+    def wishes(self) -> Wish:
+        """What is asked of the run from outside; does not wait."""
+
+    def mark(self, phase: str, step: int) -> None:
+        """Tells what the rank does now; all ranks run through the same phases."""
+
+    def is_preempted(self) -> bool:
+        """Whether a node is going away; every rank must call it."""
+
+
+@dataclass
+class Signals:
+    """SIGTERM and Ctrl-C: the first one asks, the second one interrupts.
+
+    Attributes:
+        received: the first one's number.
+    """
+
+    received: int | None = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        name = signal.Signals(number).name
+        text = f"raysseg: {name}: the run is saved and ends after this step; once more, and it ends at once\n"
+        os.write(sys.stderr.fileno(), text.encode())  # logging may be in the middle of a line
+
+
+@contextmanager
+def signals_noted() -> Iterator[Signals]:
+    """Takes the signals that end a process as a question, for the length of the block; in the main thread alone."""
+    signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {number: signal.signal(number, signals._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Alone:
+    """The link of a run in this process."""
+
+    signals: Signals
+
+    def wishes(self) -> Wish:
+        """To stop, after a signal."""
+        return Wish.STOP if self.signals.received is not None else Wish.NOTHING
+
+    def mark(self, phase: str, step: int) -> None:
+        """Nobody looks on."""
+
+    def is_preempted(self) -> bool:
+        """Never: a process has no notice of that."""
+        return False
