@@ -54,11 +54,12 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
+    quiet = ray.LoggingConfig(log_level="ERROR")
     if "RAY_ADDRESS" in os.environ:
         forwarded = {name: os.environ[name] for name in S3_ENVIRONMENT if name in os.environ}
-        ray.init(runtime_env={"env_vars": forwarded | RAY_ENVIRONMENT}, logging_level=logging.WARNING)
+        environment = {"env_vars": forwarded | RAY_ENVIRONMENT}
+        ray.init(runtime_env=environment, logging_level=logging.WARNING, logging_config=quiet)
     else:
-        quiet = ray.LoggingConfig(log_level="ERROR")
         ray.init(include_dashboard=False, logging_level=logging.WARNING, logging_config=quiet)
     resources = ray.cluster_resources()
     shown = ", ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))

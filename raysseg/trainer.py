@@ -51,7 +51,7 @@ def train_on_ray(plan: Plan, signals: Signals) -> bool:
     connect()
     scaling = plan.job.scaling
     gpus = gpus_per_worker(scaling)
-    _check_room(scaling)
+    _check_room(scaling, gpus)
     beside = _resources_beside(plan.job)
     plan_ref = ray.put(replace(plan, validates_beside=beside is not None))
     conductor = ray.remote(Conductor).options(num_cpus=0).remote()
@@ -60,7 +60,7 @@ def train_on_ray(plan: Plan, signals: Signals) -> bool:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = _START_TIMEOUT_S[kind]
     trainer = ray.train.torch.TorchTrainer(
         _run_rank,
-        train_loop_config={"plan": plan_ref, "conductor": conductor},
+        train_loop_config={"plan": plan_ref, "conductor": conductor, "reserves": _leaves_cpus(scaling, gpus)},
         torch_config=ray.train.torch.TorchConfig(timeout_s=int(max(1800, 2 * scaling.step_timeout_s))),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers,
@@ -122,8 +122,15 @@ def _look_after(
     return result
 
 
-def _check_room(scaling: Scaling) -> None:
+def _leaves_cpus(scaling: Scaling, gpus: float) -> bool:
+    """Whether data tasks find CPUs that no worker holds; those that only CPUs limit may come to hold them all."""
+    return gpus > 0 or scaling.min_workers == scaling.max_workers
+
+
+def _check_room(scaling: Scaling, gpus: float) -> None:
     """Says so where the workers would take every CPU: their data tasks would then wait for ever."""
+    if not _leaves_cpus(scaling, gpus):
+        return
     cpus = ray.cluster_resources().get("CPU", 0.0)
     taken = scaling.min_workers * scaling.cpus_per_worker
     if taken > cpus - 1:
@@ -152,7 +159,9 @@ def _run_rank(settings: dict[str, Any]) -> bool:
     share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
     threads = min(max(share, 2), 8)  # more would wait for each other's Python
     decode = plan.job.data.decode
-    open_stream = partial(stream.iter_chunks, report=statistics.append, decode=decode, threads=threads)
+    open_stream = partial(
+        stream.iter_chunks, report=statistics.append, decode=decode, threads=threads, reserves=settings["reserves"]
+    )
     was_stopped = False
     for event in train_epochs(plan, open_stream, ray.train.torch.get_device(), line):
         was_stopped = isinstance(event, Stopped)

@@ -33,6 +33,7 @@ Block = dict[str, npt.NDArray[Any]]
 _AHEAD_CHUNKS = (3, 6)  # a worker's chunks that may wait in the object store: at least, and at most
 _AHEAD_BYTES = 2**30  # that they take between the two
 _ENCODED_BYTES = 2**27  # of a chunk as it is stored: 16 row groups of 8 MiB
+_UNRESERVED = 2  # tasks of a worker at a time that hold no CPU
 _PAUSE_S = 0.1  # short beside the time that those last
 
 
@@ -47,7 +48,9 @@ class _Pace(ExecutionCallback):  # type: ignore[misc]
         time.sleep(_PAUSE_S)
 
 
-def iter_chunks(feed: Feed, report: Callable[[str], None], *, decode: Decode, threads: int) -> Iterator[Batch]:
+def iter_chunks(
+    feed: Feed, report: Callable[[str], None], *, decode: Decode, threads: int, reserves: bool = True
+) -> Iterator[Batch]:
     """The rows of a feed in turn, delivered by Ray Data.
 
     One execution spans all epochs, so that no epoch's first batch waits. A chunk is one task and short enough to be one
@@ -58,6 +61,7 @@ def iter_chunks(feed: Feed, report: Callable[[str], None], *, decode: Decode, th
         report: receives Ray Data's per-operator statistics at the end.
         decode: by its tasks, or by threads of this process.
         threads: so many, then.
+        reserves: a task holds a CPU; False where workers may come to hold them all, and tasks would wait for ever.
 
     Raises:
         InputError: a sample can't be used, and the source does not skip.
@@ -67,7 +71,8 @@ def iter_chunks(feed: Feed, report: Callable[[str], None], *, decode: Decode, th
     _limit(_chunk_bytes(feed) if decode == "cluster" else _ENCODED_BYTES)
     load = partial(_decode_blocks if decode == "cluster" else _read_block, [ray.put(feed)])
     numbers = ray.data.range(feed.num_chunks, override_num_blocks=feed.num_chunks)
-    stream = numbers.map_batches(load, batch_size=None, num_cpus=1).iterator()
+    resources = {"num_cpus": 1} if reserves else {"num_cpus": 0, "concurrency": _UNRESERVED}
+    stream = numbers.map_batches(load, batch_size=None, **resources).iterator()
     blocks = partial(stream.iter_batches, batch_size=None, prefetch_batches=1)
     try:
         if decode == "cluster":

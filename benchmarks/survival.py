@@ -1,0 +1,219 @@
+"""Runs that are disturbed, and what became of every sample: for the benchmark and the test of survival."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.survival_driver import colour_of
+
+SIZE = 64
+GLOBAL_SIZE = 8
+JOB = {
+    "kind": "train",
+    "task": "semantic",
+    "classes": ["left", "right", "blob"],
+    "model": {"name": "segformer-tiny", "weights": None},
+    "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "backbone_lr_factor": 1.0},
+    "batch": {"global_size": GLOBAL_SIZE, "per_worker": 4},
+    "validation": {"where": "inline"},
+    "checkpoint": {"every": "9 steps"},
+}
+Line = dict[str, Any]
+
+
+def draw_samples(folder: Path, num_samples: int) -> None:
+    """Images of one colour each, by which a sample is known wherever it goes, and masks of their own."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", num_samples), ("val", 4)):
+        for kind in ("images", "masks"):
+            (folder / split / kind).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            image = np.full((SIZE, SIZE, 3), colour_of(i), np.uint8)
+            mask = np.zeros((SIZE, SIZE), np.uint8)
+            mask[:, rng.integers(16, 48) :] = 1
+            top, left = rng.integers(0, 40, 2)
+            mask[top : top + 20, left : left + 20] = 2
+            Image.fromarray(image).save(folder / split / "images" / f"{i:05d}.png")
+            Image.fromarray(mask).save(folder / split / "masks" / f"{i:05d}.png")
+
+
+def write_job(folder: Path, name: str, *, epochs: int, workers: int | tuple[int, int], every: str = "9 steps") -> Path:
+    """A train job on the samples of a folder."""
+    sources = {
+        split: {"format": "masks", "images": str(folder / split / "images"), "masks": str(folder / split / "masks")}
+        for split in ("train", "val")
+    }
+    job = JOB | {
+        "name": name,
+        "data": sources | {"crop": [SIZE, SIZE], "augment": None},
+        "schedule": {"epochs": epochs, "warmup": 0.0, "decay": "polynomial"},
+        "checkpoint": {"every": every},
+        "scaling": {"workers": workers, "cpus_per_worker": 1.0, "step_timeout_s": 60, "max_failures": 5},
+        "storage": str(folder / "runs"),
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(job))  # JSON is YAML
+    return path
+
+
+class Nodes:
+    """A Ray cluster of processes on this machine: a head and, if asked, a second node, with room for a worker each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self._second: Any = None
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self) -> None:
+        self._second = self._cluster.add_node(num_cpus=1)
+
+    def remove(self) -> None:
+        """Kills the second node, and what runs on it."""
+        self._cluster.remove_node(self._second, allow_graceful=False)
+        self._second = None
+
+    def shut_down(self) -> None:
+        self._cluster.shutdown()
+
+
+@dataclass
+class Run:
+    """A train job in a process of its own, whose workers write a log."""
+
+    job: Path
+    log: Path
+    address: str
+    step_pause_s: float = 0.0
+    process: subprocess.Popen[str] = field(init=False)
+
+    def start(self) -> None:
+        environment = os.environ | {"RAY_ADDRESS": self.address, "SURVIVAL_PAUSE_S": str(self.step_pause_s)}
+        errors = self.log.with_suffix(".err").open("a")
+        command = [sys.executable, "-m", "benchmarks.survival_driver", str(self.log), str(self.job)]
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+
+    def lines(self) -> list[Line]:
+        if not self.log.exists():
+            return []
+        return [json.loads(text) for text in self.log.read_text().splitlines() if text.endswith("}")]
+
+    def wait_for(self, is_there: Any, timeout_s: float = 180.0) -> Line:
+        """The first new line that fits; the run must not end before."""
+        seen = len(self.lines())
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            ended = self.process.poll() is not None
+            for line in self.lines()[seen:]:
+                if is_there(line):
+                    return line
+            if ended:
+                break
+            time.sleep(0.1)
+        raise RuntimeError(f"the run did not get there: {self.errors()[-3000:]}")
+
+    def wait_for_step(self, step: int, workers: int | None = None) -> Line:
+        """The first step from that one on, with as many workers."""
+        return self.wait_for(
+            lambda line: line["what"] == "step" and line["step"] >= step and workers in (None, line["workers"])
+        )
+
+    def kill_a_worker(self, rng: random.Random) -> Line:
+        """SIGKILL for one of the workers that now train."""
+        newest = attempts(self.lines())[-1]
+        victim = rng.choice(sorted({line["pid"] for line in newest}))
+        os.kill(victim, signal.SIGKILL)
+        return {"what": "kill", "at": time.time(), "pid": victim}
+
+    def errors(self) -> str:
+        return self.log.with_suffix(".err").read_text()
+
+    def finish(self, timeout_s: float = 300.0) -> dict[str, Any]:
+        """Waits for the end; the run's result."""
+        output, _ = self.process.communicate(timeout=timeout_s)
+        if self.process.returncode:
+            raise RuntimeError(f"exit {self.process.returncode}: {self.errors()[-3000:]}")
+        result: dict[str, Any] = json.loads(output)
+        return result
+
+
+# --- judging ------------------------------------------------------------------------------------------------------
+
+
+def attempts(lines: Sequence[Line]) -> list[list[Line]]:
+    """The lines of each start of a group of workers, by the order of their starts; groups that did not train are out."""
+    starts: list[list[Line]] = []
+    group: dict[int, int] = {}  # process -> start
+    for line in lines:
+        if line["what"] == "fit":
+            is_new = not starts or line["rank"] in {entry["rank"] for entry in starts[-1]}
+            if is_new:
+                starts.append([])
+            group[line["pid"]] = len(starts) - 1
+        if line["pid"] in group:
+            starts[group[line["pid"]]].append(line)
+    return starts
+
+
+def lineage(lines: Sequence[Line]) -> list[list[Line]]:
+    """Each step that the final model descends from: what its ranks have noted of it, first step first."""
+    steps: list[list[Line]] = []
+    end = None  # the step that a later start went on from
+    for start in reversed(attempts(lines)):
+        first = next(line["step"] for line in start if line["what"] == "fit")
+        if end is not None and first >= end:
+            continue  # what it did was undone by a later one
+        by_rank = [merged(start, rank) for rank in sorted({line["rank"] for line in start})]
+        last = min(len(ranks) for ranks in by_rank) + first
+        if end is not None and last < end:
+            continue
+        stop = last if end is None else end
+        steps = [[ranks[step - first] for ranks in by_rank] for step in range(first, stop)] + steps
+        end = first
+        if first == 0:
+            break
+    return steps
+
+
+def merged(start: Sequence[Line], rank: int) -> list[Line]:
+    """A rank's steps of one start: the samples that its optimiser has used, with the step's number and loss."""
+    mine = [line for line in start if line["rank"] == rank]
+    used = [line for line in mine if line["what"] == "used"]
+    done = [line for line in mine if line["what"] == "step"]
+    return [{**step, "ids": use["ids"]} for use, step in zip(used, done, strict=False)]
+
+
+def count_samples(steps: Sequence[Sequence[Line]], num_samples: int) -> tuple[int, int]:
+    """How many samples are missing, and how many come twice, over all epochs."""
+    by_epoch: dict[int, Counter[int]] = {}
+    for ranks in steps:
+        for line in ranks:
+            by_epoch.setdefault(line["epoch"], Counter()).update(line["ids"])
+    missing = sum(num_samples - len(counts) for counts in by_epoch.values())
+    twice = sum(counts.total() - len(counts) for counts in by_epoch.values())
+    return missing, twice
+
+
+def losses(steps: Sequence[Sequence[Line]]) -> list[float]:
+    """The loss of each step, over all ranks: each tells its part, scaled to the whole."""
+    return [float(np.mean([line["loss"] for line in ranks])) for ranks in steps]
