@@ -49,6 +49,7 @@ MLFLOW_ENVIRONMENT = {
 
 _KEPT = 10_000  # rows that wait for a tracker; older ones are dropped
 _PATIENCE_S = 60.0  # that the end of a run waits for its trackers
+_PAUSE_S = 20.0  # for which a tracker that has failed is left alone: a server that hangs takes as long to fail
 _WANDB_PATIENCE_S = 30.0
 
 
@@ -169,15 +170,19 @@ class _Line:
         self._name, self._job, self._step = name, job, step
         self._tracker: Tracker | None = None
         self._unsent: deque[Row] = deque(maxlen=_KEPT)
-        self._is_down = False
+        self._is_down, self._failed_s = False, 0.0
 
     def add(self, row: Row) -> None:
         self._unsent.append(row)
 
     def deliver(self, is_epoch: bool = False, status: Status | None = None) -> None:
-        """Opens the tracker where it is not open, and hands it what waits; one that is down waits for an epoch."""
-        if self._is_down and not is_epoch:
-            return
+        """Hands the tracker what waits; one that has failed is left alone until an epoch's end, and for a while."""
+        if not self._is_down or (is_epoch and time.monotonic() >= self._failed_s + _PAUSE_S):
+            self._try(is_epoch, status)
+        if status is not None and self._unsent:
+            logger.warning("trackers.%s: %d rows could not be delivered", self._name, len(self._unsent))
+
+    def _try(self, is_epoch: bool, status: Status | None) -> None:
         try:
             if self._tracker is None:
                 self._tracker = TRACKERS[self._name](self._job, self._step)
@@ -193,13 +198,11 @@ class _Line:
             if not self._is_down:
                 then = "training goes on, and each epoch tries again" if status is None else "metrics.jsonl has it all"
                 logger.warning("trackers.%s: %s; %s", self._name, _reason(error), then)
-            self._is_down, self._tracker = True, None
+            self._is_down, self._failed_s, self._tracker = True, time.monotonic(), None
         else:
             if self._is_down:
                 logger.info("trackers.%s: goes on", self._name)
             self._is_down = False
-        if status is not None and self._unsent:
-            logger.warning("trackers.%s: %d rows could not be delivered", self._name, len(self._unsent))
 
 
 def _reason(error: Exception) -> str:
@@ -409,6 +412,7 @@ class _Wandb:
             name=job.name,
             id=known or uuid4().hex,
             resume="allow",
+            reinit="create_new",  # whoever calls us may have a run of their own
             config=_settings(job) if known is None else None,
             dir=str(self._folder.path),
             settings=wandb.Settings(
@@ -436,8 +440,12 @@ class _Wandb:
             self._folder.upload()
 
     def close(self, status: Status) -> None:
+        import wandb
+
         self._run.finish(exit_code=0 if status == "finished" else 1)
-        self.flush()
+        if self._run.offline:
+            wandb.teardown()  # its process writes the file's end only now
+            self._folder.upload()
 
 
 TRACKERS: dict[str, Callable[[TrainJob, int], Tracker]] = {

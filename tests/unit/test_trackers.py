@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -170,10 +170,8 @@ def test_an_epoch_is_on_s3_before_the_run_ends(tmp_path: Path, s3_bucket: str) -
     told = open_trackers(make_job(s3_bucket, TENSORBOARD), 0)
     told.log(1, {"train/loss": 8.0})
     told.flush()
-    deadline = time.monotonic() + 20
-    while not (files := storage.list_files(f"{s3_bucket}/street/tensorboard")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    (file,) = files
+    wait_until(lambda: len(storage.list_files(f"{s3_bucket}/street/tensorboard")) == 1)
+    (file,) = storage.list_files(f"{s3_bucket}/street/tensorboard")
     storage.write_bytes(str(tmp_path / file.path), storage.read_bytes(f"{s3_bucket}/street/tensorboard/{file.path}"))
     assert read_events(tmp_path)[0] == {"train/loss": [(1, 8.0)]}
     told.close("finished")
@@ -222,9 +220,9 @@ def test_a_server_that_is_down(
     for step in range(1, 101):
         told.log(step, {"train/loss": 1.0})
     told.flush()
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < 2
     told.close("finished")
-    assert time.monotonic() - begin < 45
+    assert time.monotonic() - begin < 45  # most of it for the import
     first, last = warnings(heard)
     assert first.startswith("trackers.mlflow: MlflowException: ")
     assert "127.0.0.1" in first
@@ -266,24 +264,26 @@ def moody(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> Iterator[trackers.T
         yield told
 
 
-def settle(told: trackers.Trackers) -> None:
-    while not told._inbox.empty():
-        time.sleep(0.005)
-    time.sleep(0.05)  # the last message is on its way
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_what_an_outage_holds_up_comes_later(heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_PAUSE_S", 0.0)
     with moody(make_job("runs", TENSORBOARD), monkeypatch) as told:
         told.log(6, {"loss": 1.0})
-        settle(told)
+        wait_until(lambda: Moody.taken == [6])
         Moody.fails = True
         for step in (7, 8):
             told.log(step, {"loss": 1.0})
             told.flush()
-        settle(told)
+        wait_until(lambda: Moody.started_from.count(6) == 2)
         Moody.fails = False
         told.log(9, {"loss": 1.0})
-        settle(told)
+        time.sleep(0.05)
         assert Moody.taken == [6]  # it waits for the epoch's end
         told.flush()
     assert Moody.taken == [6, 7, 8, 9, -1]
@@ -376,6 +376,14 @@ def test_wandb_offline(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
     assert "model.name" not in settings
     assert first_id == second_id == json.loads((tmp_path / "street/trackers.json").read_text())["wandb"]
     assert warnings(heard) == []
+
+
+def test_wandb_offline_on_s3(tmp_path: Path, s3_bucket: str) -> None:
+    start(make_job(s3_bucket, "trackers.wandb.mode=offline"), 0, {1: 8.0})
+    files = [file.path for file in storage.list_files(f"{s3_bucket}/street/wandb") if file.path.endswith(".wandb")]
+    (path,) = files
+    storage.write_bytes(str(tmp_path / "run.wandb"), storage.read_bytes(f"{s3_bucket}/street/wandb/{path}"))
+    assert read_wandb(tmp_path / "run.wandb")[1][0]["train/loss"] == 8.0
 
 
 def test_wandb_without_a_key(tmp_path: Path, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
