@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -595,6 +596,52 @@ class S3(Section):
     anonymous: bool | None = None
 
 
+def _whole_uri(uri: str) -> str:
+    """A tracking URI for any working directory."""
+    if "://" not in uri and uri != "databricks":
+        raise PydanticCustomError("uri", "allowed: a URI such as http://mlflow:5000 or sqlite:///mlflow.db")
+    scheme, separator, path = uri.partition(":///")
+    return f"sqlite:///{Path(path).absolute()}" if scheme == "sqlite" and separator else uri
+
+
+class MlflowTracker(Section):
+    """MLflow. Credentials come from its environment alone: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or
+    MLFLOW_TRACKING_TOKEN."""
+
+    uri: Annotated[str, AfterValidator(_whole_uri)] | None = None
+    """Of a tracking server or a data base, such as http://mlflow:5000 or sqlite:///mlflow.db; default: the
+    environment's MLFLOW_TRACKING_URI."""
+    experiment: str | None = None
+    """Default: the job's name."""
+
+    @model_validator(mode="after")
+    def _is_public(self) -> Self:
+        if self.uri is not None and urlsplit(self.uri).password is not None:
+            message = "holds a password; leave this key out, and set the environment's MLFLOW_TRACKING_URI"
+            raise PydanticCustomError("password", message, {"key": "uri"})  # of the section: it shows no value
+        return self
+
+
+class WandbTracker(Section):
+    """Weights & Biases. Credentials come from its environment alone: WANDB_API_KEY, or what `wandb login` has left."""
+
+    project: str | None = None
+    """Default: the environment's WANDB_PROJECT, or W&B's own."""
+    entity: str | None = None
+    """User or team; default: the environment's WANDB_ENTITY, or the key's own."""
+    mode: Literal["online", "offline"] | None = None
+    """offline: into the run's folder, for `wandb sync`; default: the environment's WANDB_MODE, or online."""
+
+
+class Trackers(Section):
+    """Who else is told of a run, beside its metrics.jsonl; no secrets here, see each tracker."""
+
+    tensorboard: bool = False
+    """Event files in the run's folder tensorboard/."""
+    mlflow: MlflowTracker | None = None
+    wandb: WandbTracker | None = None
+
+
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 
@@ -644,6 +691,7 @@ class TrainJob(DataJob):
     """An average of the weights beside them; null: none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose gradient is not finite: stop the run, or leave the step out; its samples are named and saved."""
+    trackers: Trackers = Trackers()
     precision: Precision = "auto"
     """auto: bf16 on GPUs that have it, else fp32."""
     compile: bool = False

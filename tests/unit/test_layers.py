@@ -14,7 +14,7 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"schema"},
     {"storage", "rle", "catalogue", "link"},
     {"config"},
-    {"masks", "losses", "ledger"},
+    {"masks", "losses", "ledger", "trackers"},
     {"data", "models", "metrics"},
     {"loop", "bundle", "tiling"},
     {"checkpoint", "predictor", "report", "runtime"},
