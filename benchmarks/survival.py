@@ -161,7 +161,7 @@ class Run:
 
 
 def attempts(lines: Sequence[Line]) -> list[list[Line]]:
-    """The lines of each start of a group of workers, by the order of their starts; groups that did not train are out."""
+    """The lines of each start of a group of workers that came to train, first start first."""
     starts: list[list[Line]] = []
     group: dict[int, int] = {}  # process -> start
     for line in lines:

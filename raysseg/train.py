@@ -27,6 +27,7 @@ from raysseg.masks import BINARY_MEND, MaskSet, SegmentMap, to_dense, to_view
 from raysseg.metrics import Metrics
 from raysseg.runtime import spread
 from raysseg.schema import ClassMap, InputError, RunStopped, Task
+from raysseg.trackers import check_trackers
 from raysseg.validation import evaluation_of, validate_bundle
 from raysseg.worker import Plan, Stopped, train_epochs
 
@@ -35,7 +36,10 @@ logger = logging.getLogger(__name__)
 _LOOK = 8  # samples of each split that are decoded before anything is started
 _COUNT = 2000  # masks of a split that are counted in this process, and at most unless balancing needs all
 _EVALUATE = 100  # validation samples that are not worth starting workers for once more
-_MOVABLE = ("scaling", "s3", "checkpoint", "validation", "compile", "channels_last")  # may change when a run goes on
+_MOVABLE = (  # may change when a run goes on
+    *("scaling", "s3", "checkpoint", "validation", "compile", "channels_last", "on_nonfinite", "trackers"),
+    *("batch.per_worker", "schedule.early_stopping"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def train(job: TrainJob) -> TrainResult:
     """
     classes = read_class_map(job.classes, job.data.train)
     _check_metric(job, classes)
+    check_trackers(job)
     splits = {"train": read_index(job.data.train), "val": read_index(job.data.val)}
     for split, index in splits.items():
         _look_at(split, index, classes, job.task)
@@ -228,8 +233,10 @@ def _open_run(job: TrainJob) -> None:
     storage.write_text(uri, json.dumps(now, indent=2))
 
 
-def _fixed(job: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in job.items() if key not in _MOVABLE}
+def _fixed(job: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The keys that a run keeps for good."""
+    parts = {key: _fixed(value, f"{path}{key}.") if isinstance(value, dict) else value for key, value in job.items()}
+    return {key: value for key, value in parts.items() if f"{path}{key}" not in _MOVABLE}
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:

@@ -40,6 +40,7 @@ from raysseg.models import SegModel, build_model
 from raysseg.predictor import predict, predict_pairs
 from raysseg.saver import Saved, Saver
 from raysseg.schema import ClassMap, InputError
+from raysseg.trackers import Status, Trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -117,64 +118,66 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device, link
     model = wrap(state.model, is_compiled=job.compile, channels_last=job.channels_last)
     scored = state.ema if state.ema is not None and job.ema is not None and job.ema.is_used else state.model
     agree = _Agreement(num_workers)
-    wish = agree(Wish.FINISH if standing.has_stalled(job, state.history) else Wish.NOTHING)
-    if wish & Wish.FINISH:
+    if agree(Wish.FINISH if standing.has_stalled(job, state.history) else Wish.NOTHING):
         return
-    keeper = _Keeper(plan, state, rank, num_steps(feed.num_positions, job.batch.global_size))
-    progress = _Progress(job, feed.num_positions, state.step) if rank == 0 else None
-    incidents = _Incidents(job, feed, rank)
-    events = fit(
-        model,
-        state,
-        _marked(iter_batches(feed, open_stream(feed)), state, link),
-        num_samples=feed.num_positions,
-        order_hash=hash_now,
-        job=job,
-        dtype=dtype,
-    )
-    for event in _naming_memory(events, job, asked=asked, first_step=state.step):
-        match event:
-            case NonFinite():
-                incidents.note(event)
-            case Step():
-                if progress is not None:
-                    progress.show(event)
-                link.mark("agree", state.step)
-                wish = agree(link.wishes() | keeper.wishes())
-                if wish & Wish.LOOK:
-                    keeper.is_preempted = link.is_preempted()
-                if keeper.owes and wish & (Wish.REPORT | Wish.SAVE | Wish.STOP):
-                    yield keeper.report()
-                if wish & Wish.FINISH:
-                    break
-                if wish & (Wish.SAVE | Wish.STOP):
-                    link.mark("save", state.step)
-                    keeper.save()
-                if wish & Wish.STOP:
-                    keeper.finish()
-                    yield Stopped(state.step)
-                    return
-                link.mark("step", state.step)
-            case EpochResult():
-                link.mark("save", state.step)
-                if keeper.owes:
-                    yield keeper.report()
-                link.mark("validate", state.step)
-                scores: dict[str, float] = {}
-                failures: list[Failure] = []
-                if not plan.validates_beside:
-                    scores, failures = _validate(scored, plan, rank, num_workers, dtype)
-                state.history.append({"epoch": event.epoch, "step": event.step, **event.metrics, **scores})
-                link.mark("save", state.step)
-                keeper.save_epoch(event.failures, failures)
-                if (wish := agree(link.wishes() | keeper.wishes())) & (Wish.FINISH | Wish.STOP):
-                    break
+    steps = _marked(iter_batches(feed, open_stream(feed)), state, link)
+    fitting = partial(fit, num_samples=feed.num_positions, order_hash=hash_now, job=job, dtype=dtype)
+    events = _naming_memory(fitting(model, state, steps), job, asked=asked, first_step=state.step)
+    validate = None if plan.validates_beside else partial(_validate, scored, plan, rank, num_workers, dtype)
+    with open_trackers(job, state.step) if rank == 0 else Trackers(()) as trackers:
+        keeper = _Keeper(plan, state, rank, num_steps(feed.num_positions, job.batch.global_size), trackers)
+        progress = _Progress(job, feed.num_positions, state.step, trackers) if rank == 0 else None
+        yield from _follow(events, state, link, agree, keeper, progress, _Incidents(job, feed, rank), validate)
+
+
+def _follow(
+    events: Iterator[Event],
+    state: TrainState,
+    link: Link,
+    agree: _Agreement,
+    keeper: _Keeper,
+    progress: _Progress | None,
+    incidents: _Incidents,
+    validate: Callable[[], tuple[dict[str, float], list[Failure]]] | None,
+) -> Iterator[Saved | Stopped]:
+    """Goes through a rank's training event by event; after each one, all ranks agree on what to do."""
+    for event in events:
+        if isinstance(event, NonFinite):
+            incidents.note(event)
+            continue
+        if isinstance(event, Step):
+            if progress is not None:
+                progress.show(event)
+        else:
+            link.mark("save", state.step)
+            if keeper.owes:
+                yield keeper.report()
+            link.mark("validate", state.step)
+            scores, failures = validate() if validate is not None else ({}, [])
+            state.history.append({"epoch": event.epoch, "step": event.step, **event.metrics, **scores})
+            link.mark("save", state.step)
+            keeper.save_epoch(event.failures, failures)
+        link.mark("agree", state.step)
+        wish = agree(link.wishes() | keeper.wishes())
+        if wish & Wish.LOOK:
+            keeper.is_preempted = link.is_preempted()
+        if keeper.owes and wish & (Wish.REPORT | Wish.SAVE | Wish.STOP | Wish.FINISH):
+            link.mark("save", state.step)
+            yield keeper.report()
+        if wish & Wish.FINISH:
+            break
+        if wish & (Wish.SAVE | Wish.STOP) and isinstance(event, Step):
+            link.mark("save", state.step)
+            keeper.save()
+        if wish & Wish.STOP:
+            keeper.end("killed")
+            yield Stopped(state.step)
+            return
+        link.mark("step", state.step)
     link.mark("save", state.step)
     if keeper.owes:
         yield keeper.report()
-    keeper.finish()
-    if wish & Wish.STOP and not wish & Wish.FINISH and state.ledger.epoch < job.schedule.epochs:
-        yield Stopped(state.step)
+    keeper.end("finished")
 
 
 def _with_room(plan: Plan, num_workers: int) -> Plan:
@@ -303,8 +306,10 @@ class _Keeper:
         owes: an epoch was handed over, and not reported yet.
     """
 
-    def __init__(self, plan: Plan, state: TrainState, rank: int, steps_per_epoch: int) -> None:
+    def __init__(self, plan: Plan, state: TrainState, rank: int, steps_per_epoch: int, trackers: Trackers) -> None:
         job = plan.job
+        self._trackers = trackers
+        self._told: dict[float, dict[str, float]] = {row["step"]: row for row in state.history}
         self.is_preempted = False
         self.owes = False
         self._job, self._state = job, state
@@ -362,14 +367,20 @@ class _Keeper:
         score = f"{metric} {row[metric]:.4f}" if metric in row else f"{metric} is to come"
         what = f"epoch {int(row['epoch']) + 1}: train loss {row['train/loss']:.4f}, {score}"
         logger.info("%s; saved %s", what, saved.checkpoint_uri)
+        for row in self._state.history:  # of validations beside training, the last ones come later
+            if self._told.get(row["step"]) != row:
+                self._told[row["step"]] = row
+                self._trackers.log(int(row["step"]), row)
+        self._trackers.flush()
         if standing.has_stalled(self._job, self._state.history):
             logger.info("%s has not become better for long enough: training ends (schedule.early_stopping)", metric)
         return saved
 
-    def finish(self) -> None:
+    def end(self, status: Status) -> None:
         """Waits for what is being saved."""
         if self._saver is not None:
             self._saver.finish()
+        self._trackers.close(status)
 
 
 def _build_saver(plan: Plan) -> Saver:
@@ -444,8 +455,8 @@ class _Progress:
 
     _EVERY_S = 5.0
 
-    def __init__(self, job: TrainJob, num_samples: int, step: int) -> None:
-        self._job = job
+    def __init__(self, job: TrainJob, num_samples: int, step: int, trackers: Trackers) -> None:
+        self._job, self._trackers = job, trackers
         self._per_epoch = num_steps(num_samples, job.batch.global_size)
         self._total = self._per_epoch * job.schedule.epochs
         self._since_step, self._since = step, time.monotonic()
@@ -459,20 +470,24 @@ class _Progress:
             return
         pace = (event.step - self._since_step) / max(now - self._since, 1e-9)
         left = int((self._total - event.step) / max(pace, 1e-9))
+        values = {
+            "progress/loss": float(event.loss),
+            "progress/lr": event.lr,
+            "progress/images_per_s": pace * self._job.batch.global_size,
+            "progress/data_wait_ms": 1000 * self._wait_s / max(event.step - self._shown_step, 1),
+            "progress/memory_gib": _memory() / 2**30,
+        }
         logger.info(
-            "epoch %d/%d  step %d/%d  loss %.4f  lr %.2e  %.1f images/s  data %.0f ms/step  %.1f GiB  %d:%02d left",
+            "epoch %d/%d  step %d/%d  loss %.4f  lr %.2e  %.1f images/s  data wait %.0f ms  %.1f GiB  %d:%02d left",
             event.epoch + 1,
             self._job.schedule.epochs,
             (event.step - 1) % self._per_epoch + 1,
             self._per_epoch,
-            float(event.loss),
-            event.lr,
-            pace * self._job.batch.global_size,
-            1000 * self._wait_s / max(event.step - self._shown_step, 1),
-            _memory() / 2**30,
+            *values.values(),
             left // 60,
             left % 60,
         )
+        self._trackers.log(event.step, values)
         self._shown_step, self._shown, self._wait_s = event.step, now, 0.0
 
 
