@@ -13,20 +13,27 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import IO, Literal, get_args
+from typing import IO, Literal
 from urllib.parse import parse_qs, urlsplit
 
-Kind = Literal["error", "slow_down", "reset", "lost_answer", "hang", "short_answer", "short_request"]
+Kind = Literal["error", "slow_down", "reset", "lost_answer", "hang", "short_answer", "short_request", "wrong_byte", "no_such_upload"]
 """What can go wrong with a request:
 
 error, slow_down: an answer of 500 or 503, the storage has done nothing; reset: the connection breaks, nothing was done;
 lost_answer: it is done, and the connection breaks before the answer; hang: nothing is done and nothing is answered;
-short_answer: the connection ends in the middle of the answer's body; short_request: in the middle of the request's.
+short_answer: the connection ends in the middle of the answer's body; short_request: in the middle of the request's;
+wrong_byte: one of the answer's body, which nothing on the way notices; no_such_upload: S3's answer of 404 to an upload
+in parts that it does not know, or that it has finished already.
 """
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = ("error", "slow_down", "reset", "lost_answer", "hang", "short_answer", "short_request")
+"""Those that fit any request."""
 
 _HOP = {"connection", "expect", "keep-alive", "transfer-encoding", "content-length"}  # the proxy writes these anew
-_REFUSALS: dict[str, tuple[int, str]] = {"error": (500, "InternalError"), "slow_down": (503, "SlowDown")}
+_REFUSALS: dict[str, tuple[int, str]] = {
+    "error": (500, "InternalError"),
+    "slow_down": (503, "SlowDown"),
+    "no_such_upload": (404, "NoSuchUpload"),
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = _read_body(self.rfile, self.headers)
         kind = self.proxy.draw(self.command, self.path)
         match kind:
-            case "error" | "slow_down":
+            case "error" | "slow_down" | "no_such_upload":
                 self.proxy.count(kind)
                 status, code = _REFUSALS[kind]
                 xml = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>as planned</Message></Error>'.encode()
@@ -160,13 +167,16 @@ class _Handler(BaseHTTPRequestHandler):
                     self.proxy.count(kind)
                     self._answer(status, headers, content[: len(content) // 2], len(content))
                     self.close_connection = True
-                else:
-                    self._answer(status, headers, content, length)
+                    return
+                if kind == "wrong_byte" and content:
+                    self.proxy.count(kind)
+                    content = content[:-1] + bytes([content[-1] ^ 1])
+                self._answer(status, headers, content, length)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815
 
     def _ask(self, body: bytes, part: int | None = None) -> tuple[int, list[tuple[str, str]], bytes, int]:
-        """The storage's answer: status, headers, body and the length that it names; (0, ...) for a part of a request."""
+        """The storage's answer to a request or to a part of its body: status, headers, body, the length it names."""
         upstream = http.client.HTTPConnection(self.proxy.upstream.netloc, timeout=60)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
