@@ -16,7 +16,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import IO, Literal
 from urllib.parse import parse_qs, urlsplit
 
-Kind = Literal["error", "slow_down", "reset", "lost_answer", "hang", "short_answer", "short_request", "wrong_byte", "no_such_upload"]
+Kind = Literal[
+    "error",
+    "slow_down",
+    "reset",
+    "lost_answer",
+    "hang",
+    "short_answer",
+    "short_request",
+    "wrong_byte",
+    "no_such_upload",
+]
 """What can go wrong with a request:
 
 error, slow_down: an answer of 500 or 503, the storage has done nothing; reset: the connection breaks, nothing was done;
