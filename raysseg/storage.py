@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -53,7 +54,9 @@ _OTHER_ENVIRONMENT = (
 _PARTIAL = ".raysseg-"  # begins the names of local files that are still being written; listings leave them out
 _CHUNK = 32 << 20  # bytes of a file in memory while it is copied
 _THREADS = 4
-_PAUSES_S = (0.5, 1.5)  # between our attempts to write or copy a file; in each, pyarrow's S3 client makes three
+_PAUSES_S = (0.5, 1.5)  # between our attempts, give or take a half; in each, pyarrow's S3 client mostly makes three
+_CONNECT_S = 3.0
+_REQUEST_S = 20.0  # without a byte; a PUT that is not answered takes the client some seconds more
 
 
 class StorageError(InputError):
@@ -126,8 +129,8 @@ def _connect(scheme: str, environment: tuple[str | None, ...]) -> pafs.FileSyste
         scheme=endpoint.scheme or None,
         region=_variable("AWS_REGION", "AWS_DEFAULT_REGION") or ("us-east-1" if endpoint.netloc else None),
         anonymous=_variable("AWS_NO_SIGN_REQUEST").lower() in {"yes", "true", "1"},
-        connect_timeout=3,
-        request_timeout=20,
+        connect_timeout=_CONNECT_S,
+        request_timeout=_REQUEST_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=3),
         allow_delayed_open=True,  # a small object is one PUT
         **({"tls_ca_file_path": certificates} if certificates else {}),
@@ -167,16 +170,39 @@ def _variable(*names: str) -> str:
     return next((value for name in names if (value := os.environ.get(name))), "")
 
 
+# ---- what may pass is tried again
+
+
+def persistent(act: Callable[P, T]) -> Callable[P, T]:
+    """Try again what fails for reasons that may pass; for what can be done twice. Nested, attempts would multiply."""
+
+    @wraps(act)
+    def attempts(*args: P.args, **kwargs: P.kwargs) -> T:
+        for pause in _PAUSES_S:
+            try:
+                return act(*args, **kwargs)
+            except StorageError as error:
+                if not error.is_transient:
+                    raise
+            # Not all at once; and the draws of training are not touched.
+            time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))
+        return act(*args, **kwargs)
+
+    return attempts
+
+
 # ---- reading
 
 
-def open_input(uri: str) -> pa.NativeFile:
-    """A file for random access, as Parquet readers want it; read it under ``translated(uri)``."""
+@contextmanager
+def open_input(uri: str) -> Iterator[pa.NativeFile]:
+    """A file for random access, as Parquet readers want it; an error of reading it, in the block, is a StorageError."""
     system, path = filesystem(uri)
-    with translated(uri):
-        return system.open_input_file(path)
+    with translated(uri), system.open_input_file(path) as stream:
+        yield stream
 
 
+@persistent
 def read_bytes(uri: str, *, may_change: bool = True) -> bytes:
     """The content of a file: of one version, whole, even while another one replaces it.
 
@@ -189,7 +215,7 @@ def read_bytes(uri: str, *, may_change: bool = True) -> bytes:
             return Path(absolute(uri)).read_bytes()
     for _ in range(10):
         try:
-            with translated(uri), open_input(uri) as stream:
+            with open_input(uri) as stream:
                 content: bytes = stream.read()
                 if not may_change:
                     return content
@@ -211,8 +237,13 @@ def read_text(uri: str) -> str:
         raise StorageError(uri, "this is no UTF-8 text", "Check that it is the right file.") from error
 
 
+@persistent
 def exists(uri: str) -> bool:
     """Whether there is such a file or folder; in object storage, a folder exists while it holds something."""
+    return _exists(uri)
+
+
+def _exists(uri: str) -> bool:
     system, path = filesystem(uri)
     with translated(uri):
         if system.get_file_info(path).type != pafs.FileType.NotFound:
@@ -221,6 +252,7 @@ def exists(uri: str) -> bool:
     return False
 
 
+@persistent
 def list_files(uri: str, recursive: bool = True) -> list[FileEntry]:
     """The files below a folder, sorted by path; a missing folder is empty in object storage and an error elsewhere."""
     system, path = filesystem(uri)
@@ -236,7 +268,7 @@ def list_files(uri: str, recursive: bool = True) -> list[FileEntry]:
 
 
 def _chunks(uri: str) -> Iterator[bytes]:
-    with translated(uri), open_input(uri) as stream:
+    with open_input(uri) as stream:
         while chunk := stream.read(_CHUNK):
             yield chunk
 
@@ -251,24 +283,7 @@ def _sha256(uri: str) -> str:
 # ---- writing
 
 
-def _persistent(write: Callable[P, T]) -> Callable[P, T]:
-    """Try again what fails for reasons that may pass."""
-
-    @wraps(write)
-    def attempts(*args: P.args, **kwargs: P.kwargs) -> T:
-        for pause in _PAUSES_S:
-            try:
-                return write(*args, **kwargs)
-            except StorageError as error:
-                if not error.is_transient:
-                    raise
-            time.sleep(pause)
-        return write(*args, **kwargs)
-
-    return attempts
-
-
-@_persistent
+@persistent
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file in one step: readers see the old content or the new one, whole. Local parent folders are made."""
     with _open_output(uri) as stream:
@@ -285,18 +300,24 @@ def delete_folder(uri: str, manifest_name: str | None = None) -> None:
 
     On S3, pyarrow leaves an empty object in place of the parent folder; listings leave it out.
     """
-    system, path = filesystem(uri)
-    assert len(PurePosixPath(path).parts) > 1, f"{uri} is a whole storage"
+    assert len(PurePosixPath(_split(uri)[1]).parts) > 1, f"{uri} is a whole storage"
     if manifest_name is not None:
         _delete_file(join(uri, manifest_name))
-    if exists(uri):
+    _delete_all(uri)
+
+
+@persistent
+def _delete_all(uri: str) -> None:
+    system, path = filesystem(uri)
+    if _exists(uri):
         with translated(uri), suppress(FileNotFoundError):
             system.delete_dir(path)
 
 
+@persistent
 def _delete_file(uri: str) -> None:
     system, path = filesystem(uri)
-    if exists(uri):
+    if _exists(uri):
         with translated(uri), suppress(FileNotFoundError):
             system.delete_file(path)
 
@@ -324,7 +345,7 @@ def _open_output(uri: str) -> Iterator[IO[bytes]]:
             unfinished.unlink(missing_ok=True)
 
 
-@_persistent
+@persistent
 def _copy(source: str, target: str) -> tuple[int, str]:
     """Copy a file between any two storages; returns its size and SHA-256."""
     digest, size = hashlib.sha256(), 0
@@ -393,7 +414,8 @@ def fetch_folder(uri: str, manifest_name: str, verify: bool = True, into: Path |
         local, (size, sha256) = folder / name, files[name]
         if local.is_file() and local.stat().st_size == size and (not verify or _sha256(str(local)) == sha256):
             return
-        if not is_remote(uri) or _copy(join(uri, name), str(local)) != (size, sha256):
+        # Once more where it came otherwise than it was published: the damage may have been done on the way here.
+        if not is_remote(uri) or all(_copy(join(uri, name), str(local)) != (size, sha256) for _ in range(2)):
             raise _damaged(join(uri, name), "not the content that was published")
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -491,7 +513,10 @@ _TRANSIENT_TEXTS = (
     (r"curl\D*7\b", "{endpoint} refuses the connection", _ENDPOINT),
     (r"curl\D*28\b", "{endpoint} does not answer in time", _ENDPOINT),
     (r"NETWORK_CONNECTION", "the connection to {endpoint} broke", _ENDPOINT),
-    (r"SLOW_?DOWN|INTERNAL_FAILURE|status 5\d\d|UNAVAILABLE", "{endpoint} fails{operation}", _LATER),
+    (r"REQUEST_?TIMEOUT|DEADLINE_EXCEEDED", "{endpoint} does not answer in time", _ENDPOINT),
+    (r"NO_SUCH_UPLOAD", "the upload broke off", _LATER),  # or it was done, and the answer was lost
+    (r"SLOW_?DOWN|THROTTL|TOO_?MANY_?REQUESTS|status 429", "{endpoint} has too much to do{operation}", _LATER),
+    (r"INTERNAL_?(FAILURE|ERROR)|status 5\d\d|UNAVAILABLE|OPERATION_?ABORTED", "{endpoint} fails{operation}", _LATER),
 )
 
 

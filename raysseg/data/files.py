@@ -104,6 +104,9 @@ def read_rows(
 
     Returns:
         What can't be read comes back as a Failure.
+
+    Raises:
+        StorageError: the storage does not answer, or breaks off, for reasons that may pass.
     """
 
     def try_to_read(row: dict[str, Any]) -> Sample | Failure:
@@ -111,6 +114,8 @@ def read_rows(
         try:
             return read(row)
         except storage.StorageError as error:
+            if error.is_transient:  # it says nothing about the sample, which must not be skipped for it
+                raise
             return Failure(sample_id, str(error))
         except InputError as error:
             return Failure(sample_id, f"{sample_id}: {error}")

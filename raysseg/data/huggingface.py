@@ -95,6 +95,7 @@ def _files(source: HuggingFaceSource) -> list[str]:
     return names
 
 
+@storage.persistent
 def _survey(source: HuggingFaceSource, name: str) -> tuple[list[tuple[int, int]], list[str | None]]:
     """Of a file its groups, as (place, rows), and the paths of its images, None where it has none."""
     uri = storage.join(source.uri, name)
@@ -130,6 +131,7 @@ def _iter_groups(uri: str) -> Iterator[tuple[int, pa.RecordBatch]]:
             yield place, pa.ipc.read_record_batch(message, schema)
 
 
+@storage.persistent
 def _read_group(uri: str, place: int) -> pa.Table:
     with storage.open_input(uri) as file:
         if uri.endswith(".parquet"):

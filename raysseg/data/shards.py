@@ -173,6 +173,7 @@ def file_name(number: int) -> str:
     return f"shard-{number:05d}.parquet"
 
 
+@storage.persistent
 def _read_row_group(uri: str, file_number: int, row_group: int, columns: list[str]) -> pa.Table:
     path = storage.join(uri, file_name(file_number))
     with storage.open_input(path) as file:

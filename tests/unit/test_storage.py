@@ -145,7 +145,7 @@ def test_random_access(root: str) -> None:
 def test_missing_file(root: str) -> None:
     uri = storage.join(root, "no.json")
     fails(uri, lambda: storage.read_bytes(uri), "no such file", "Check the path")
-    fails(uri, lambda: storage.open_input(uri), "no such file", "Check the path")
+    fails(uri, lambda: storage.open_input(uri).__enter__(), "no such file", "Check the path")
 
 
 def test_missing_folder(s3_bucket: str, tmp_path: Path) -> None:
@@ -526,8 +526,27 @@ def test_what_may_pass_is_tried_again(recorder: Recorder, monkeypatch: pytest.Mo
     monkeypatch.setattr(storage, "_PAUSES_S", (0,))
     recorder.status, recorder.code = 503, "SlowDown"
     uri = "s3://bucket/x"
-    assert fails(uri, lambda: storage.write_bytes(uri, b""), "fails (PutObject)", "later").is_transient
+    assert fails(uri, lambda: storage.write_bytes(uri, b""), "too much to do (PutObject)", "later").is_transient
     assert len(recorder.requests) == 6, "twice the client's three attempts"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (400, "RequestTimeout", "does not answer in time"),
+        (404, "NoSuchUpload", "the upload broke off"),
+        (409, "OperationAborted", "fails"),
+        (429, "TooManyRequests", "too much to do"),
+        (500, "InternalError", "fails"),
+        (503, "ServiceUnavailable", "fails"),
+    ],
+)
+def test_what_may_pass(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, status: int, code: str, reason: str
+) -> None:
+    monkeypatch.setattr(storage, "_PAUSES_S", ())
+    recorder.status, recorder.code = status, code
+    assert fails("s3://bucket/x", lambda: storage.write_bytes("s3://bucket/x", b""), reason).is_transient
 
 
 def test_private_certificate(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
