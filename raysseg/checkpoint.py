@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -76,16 +77,21 @@ def _copied(value: Any, into: Any) -> Any:
 
 
 def write(run_uri: str, snapshot: Snapshot) -> str:
-    """Publishes a state as <run>/checkpoints/<step>; returns its URI."""
+    """Publishes a state as <run>/checkpoints/<step>; returns its URI.
+
+    Its file has a name of its own each time, so that an older checkpoint of the same step stands until this one does.
+    """
     uri = uri_of(run_uri, snapshot.step)
+    name = f"state-{uuid4().hex[:8]}.pt"
     manifest: dict[str, object] = {
+        "state": name,
         "step": snapshot.step,
         "ledger": asdict(snapshot.ledger),
         "tally": snapshot.tally,
         "history": snapshot.history,
     }
     with tempfile.TemporaryDirectory(prefix="raysseg-") as folder:
-        torch.save(snapshot.tensors, Path(folder) / "state.pt")
+        torch.save(snapshot.tensors, Path(folder) / name)
         storage.publish_folder(Path(folder), uri, MANIFEST, manifest)
     return uri
 
@@ -155,7 +161,7 @@ def _is_everywhere(is_here: bool) -> bool:
 def _load(folder: Path, uri: str, state: TrainState) -> None:
     manifest: dict[str, Any] = storage.read_manifest(uri, MANIFEST)
     device = next(state.model.parameters()).device
-    state.load_state_dict(torch.load(folder / "state.pt", map_location=device, weights_only=True))
+    state.load_state_dict(torch.load(folder / manifest["state"], map_location=device, weights_only=True))
     state.step = int(manifest["step"])
     state.ledger = Ledger(**manifest["ledger"])
     state.tally = Tally(manifest["tally"])

@@ -364,13 +364,15 @@ def _copy(source: str, target: str) -> tuple[int, str]:
 def publish_folder(local: Path, uri: str, manifest_name: str, manifest: Mapping[str, object]) -> None:
     """Copy a local folder to a URI and then write its manifest, which makes it count.
 
-    The manifest is the mapping given and, under "files", the size and SHA-256 of each file. An older manifest is taken
-    away first; the older folder's files that this one lacks stay there, unlisted.
+    The manifest is the mapping given and, under "files", the size and SHA-256 of each file. Where files of an older
+    folder are replaced, its manifest is taken away first, else it counts until the new one stands; the older folder's
+    files that this one lacks stay there, unlisted.
     """
     assert "files" not in manifest
-    _delete_file(join(uri, manifest_name))
     names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
     names = [name for name in names if name != manifest_name]
+    if exists(uri) and not {entry.path for entry in list_files(uri)}.isdisjoint(names):
+        _delete_file(join(uri, manifest_name))
     with ThreadPoolExecutor(_THREADS) as pool:
         copies = list(pool.map(lambda name: _copy(str(local / name), join(uri, name)), names))
     files = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in zip(names, copies, strict=True)}

@@ -20,6 +20,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, ExecutionResources
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raysseg.config import Decode
@@ -70,8 +71,9 @@ def iter_chunks(
         return
     _limit(_chunk_bytes(feed) if decode == "cluster" else _ENCODED_BYTES)
     load = partial(_decode_blocks if decode == "cluster" else _read_block, [ray.put(feed)])
-    numbers = ray.data.range(feed.num_chunks, override_num_blocks=feed.num_chunks)
     resources = {"num_cpus": 1} if reserves else {"num_cpus": 0, "concurrency": _UNRESERVED}
+    source = RangeDatasource(n=feed.num_chunks, block_format="arrow", column_name="id")
+    numbers = ray.data.read_datasource(source, override_num_blocks=feed.num_chunks, **resources)
     stream = numbers.map_batches(load, batch_size=None, **resources).iterator()
     blocks = partial(stream.iter_batches, batch_size=None, prefetch_batches=1)
     try:
