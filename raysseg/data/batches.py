@@ -190,7 +190,8 @@ def read_chunk(feed: Feed, chunk: int) -> Chunk:
 def iter_parts(feed: Feed, chunk: Chunk) -> Iterator[Chunk]:
     """Cuts a chunk where micro-batches end, so that a part need not be copied to become some.
 
-    The chunk at the start may hold none of the rank's rows, and then there is no part.
+    The feed's first part is one micro-batch, which a run that starts or goes on waits for. The chunk at the start may
+    hold none of the rank's rows, and then there is no part.
     """
     if not len(chunk.positions):
         return
@@ -199,7 +200,9 @@ def iter_parts(feed: Feed, chunk: Chunk) -> Iterator[Chunk]:
     global_batch, place = np.divmod(chunk.positions - feed.first_position(chunk.epoch), feed.batch.global_size)
     micro_batch = place // feed.num_workers // feed.batch.per_worker
     ends = np.flatnonzero(np.diff(global_batch) | np.diff(micro_batch)) + 1
-    edges = [0, *ends[batches_per_part - 1 :: batches_per_part].tolist(), len(chunk.positions)]
+    is_first = chunk.epoch == feed.start.epoch and global_batch[0] == 0
+    ends = ends[0 if is_first else batches_per_part - 1 :: batches_per_part]
+    edges = [0, *ends.tolist(), len(chunk.positions)]
     for start, stop in pairwise(edges):
         yield Chunk(chunk.epoch, chunk.positions[start:stop], chunk.samples[start:stop])
 
