@@ -38,6 +38,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_startup
 	$(BIN)/python -m benchmarks.bench_input
+	$(BIN)/python -m benchmarks.bench_resume
 	$(BIN)/python -m benchmarks.bench_annotations
 	$(BIN)/python -m benchmarks.bench_inspect
 	$(BIN)/python -m benchmarks.bench_balance --epochs 8 --passes 8

@@ -125,10 +125,19 @@ class Feed:
         """The same in every epoch, whatever its order."""
         return -(-self.num_windows // self.windows_per_chunk)
 
+    @cached_property
+    def first_chunk(self) -> int:
+        """Of the start's epoch: chunks before it lie wholly before the start, and are never asked for."""
+        if self.start.position == 0:
+            return 0  # an order takes a second for a million files
+        windows = _order(self, self.start.epoch).windows
+        window = np.searchsorted(windows, self.start.position, side="right") - 1
+        return int(window) // self.windows_per_chunk
+
     @property
     def num_chunks(self) -> int:
-        """From the start's epoch to the last."""
-        return max(0, self.epochs - self.start.epoch) * self.chunks_per_epoch
+        """From the start to the end of the last epoch."""
+        return max(0, (self.epochs - self.start.epoch) * self.chunks_per_epoch - self.first_chunk)
 
 
 def build_feed(
@@ -165,10 +174,11 @@ class Chunk:
 
 
 def read_chunk(feed: Feed, chunk: int) -> Chunk:
-    """Reads one chunk of a feed: the rank's rows of some windows of the order, by position."""
-    epoch = feed.start.epoch + chunk // feed.chunks_per_epoch
+    """Reads one chunk of a feed, counted from its start: the rank's rows of some windows of the order, by position."""
+    epochs, place = divmod(feed.first_chunk + chunk, feed.chunks_per_epoch)
+    epoch = feed.start.epoch + epochs
     order = _order(feed, epoch)
-    first = chunk % feed.chunks_per_epoch * feed.windows_per_chunk
+    first = place * feed.windows_per_chunk
     edges = np.append(order.windows, len(order))
     start, stop = edges[first], edges[min(first + feed.windows_per_chunk, len(edges) - 1)]
     begin = feed.first_position(epoch)
@@ -178,13 +188,21 @@ def read_chunk(feed: Feed, chunk: int) -> Chunk:
 
 
 def iter_parts(feed: Feed, chunk: Chunk) -> Iterator[Chunk]:
-    """Cuts a chunk where micro-batches end, so that a part need not be copied to become some."""
+    """Cuts a chunk where micro-batches end, so that a part need not be copied to become some.
+
+    The feed's first part is one micro-batch, which a run that starts or goes on waits for. The chunk at the start may
+    hold none of the rank's rows, and then there is no part.
+    """
+    if not len(chunk.positions):
+        return
     height, width = feed.recipe.crop
     batches_per_part = max(1, PART_BYTES // (feed.batch.per_worker * height * width * 4))
     global_batch, place = np.divmod(chunk.positions - feed.first_position(chunk.epoch), feed.batch.global_size)
     micro_batch = place // feed.num_workers // feed.batch.per_worker
     ends = np.flatnonzero(np.diff(global_batch) | np.diff(micro_batch)) + 1
-    edges = [0, *ends[batches_per_part - 1 :: batches_per_part].tolist(), len(chunk.positions)]
+    is_first = chunk.epoch == feed.start.epoch and global_batch[0] == 0
+    ends = ends[0 if is_first else batches_per_part - 1 :: batches_per_part]
+    edges = [0, *ends.tolist(), len(chunk.positions)]
     for start, stop in pairwise(edges):
         yield Chunk(chunk.epoch, chunk.positions[start:stop], chunk.samples[start:stop])
 

@@ -94,7 +94,8 @@ def epoch_order(
     openings = _openings(index, factors)
     group, nth = _enumerate(openings)
     place = (rng.permutation(len(openings))[group] / len(openings) + nth / openings[group]) % 1
-    slot = np.argsort(np.argsort(place, kind="stable"))  # where each opening stands in this epoch
+    slot = np.empty_like(group)  # where each opening stands in this epoch
+    slot[np.argsort(place, kind="stable")] = np.arange(len(slot))
 
     offset = 0 if factors is None else rng.integers(1 << _BITS)
     row, nth = _enumerate(1 + np.diff((_edges(index, factors) + offset) >> _BITS))
@@ -102,7 +103,7 @@ def epoch_order(
     slots = slot[first[index.groups[row]] + nth]
 
     shuffled = rng.permutation(len(row))
-    shuffled = shuffled[np.argsort(slots[shuffled], kind="stable")]  # opening by opening, shuffled within
+    shuffled = shuffled[_stable_argsort(slots[shuffled])]  # opening by opening, shuffled within
     slots = slots[shuffled]
     turn = np.arange(len(slots)) - np.searchsorted(slots, slots)  # place within its opening
     order = np.lexsort((slots, turn, slots // open_groups))
@@ -127,6 +128,14 @@ def _openings(index: SampleIndex, factors: Factors | None) -> npt.NDArray[np.int
     most = 1 - (-np.diff(_edges(index, factors)) >> _BITS)  # 1 + ceil
     np.maximum.at(openings, index.groups, most)
     return openings
+
+
+def _stable_argsort(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """As numpy's, in a quarter of its time; keys are at least 0, and times their number they fit 63 bits."""
+    numbered = keys * len(keys) + np.arange(len(keys))
+    numbered.sort()
+    numbered %= len(keys)
+    return numbered
 
 
 def _enumerate(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -284,6 +284,26 @@ def test_ray_data_delivers_what_this_process_would_read(decode: Decode, example:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("decode", ["cluster", "trainer"])
+def test_ray_data_goes_on_in_the_middle_of_an_epoch(decode: Decode, example: Path) -> None:
+    """The first chunk ends at the start: one of the two ranks has no row in it."""
+    from raysseg.data import stream
+
+    job = example_job(str(example), "unused", "data.open_shards=3")
+    index, classes = read_index(job.data.train), read_class_map(job.classes)
+    index = replace(index.take(np.arange(160) % len(index)), groups=np.arange(160))
+    whole = build_feed(job, index, classes, Ledger(1), rank=0, num_workers=2)
+    edge = 3 * whole.windows_per_chunk  # files are groups of one, so a window is three
+    assert 0 < edge < len(index)
+    seen = []
+    for rank in (0, 1):
+        feed = build_feed(job, index, classes, Ledger(1, edge - 1), rank=rank, num_workers=2)
+        chunks = stream.iter_chunks(feed, lambda _: None, decode=decode, threads=2)
+        seen += [p for step in iter_batches(feed, chunks) for batch in step for p in batch.positions.tolist() if p >= 0]
+    assert sorted(seen) == list(range(edge - 1, len(index)))
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_data_that_wait_leave_the_processor_to_training(example: Path) -> None:
     from raysseg.data import stream
 

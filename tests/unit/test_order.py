@@ -17,12 +17,12 @@ from scipy.stats import chisquare
 from raysseg import masks
 from raysseg.config import Augment, MasksSource, parse
 from raysseg.config import Batch as BatchConfig
-from raysseg.data import batches, read_class_map, read_index
+from raysseg.data import batches, read_class_map, read_index, read_samples
 from raysseg.data.batches import Batch, Feed, Recipe
-from raysseg.data.index import SampleIndex
+from raysseg.data.index import Failure, SampleIndex
 from raysseg.data.sampling import Factors, epoch_order, num_positions, num_windows, order_hash, repeat_factors
 from raysseg.ledger import Ledger, deal, num_steps
-from raysseg.schema import InputError
+from raysseg.schema import InputError, Sample
 from raysseg.train import _count
 
 
@@ -390,6 +390,53 @@ def test_pixels_of_a_position_do_not_depend_on_workers_or_on_resuming(
         for position, (image, labels) in rows.items():
             assert np.array_equal(image, expected[position][0])
             assert np.array_equal(labels, expected[position][1])
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("factor", [1.0, 2.4], ids=["plain", "oversampled"])
+def test_going_on_reads_the_rest_and_nothing_before(
+    index: SampleIndex, factor: float, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors = None if factor == 1 else np.where(np.arange(23) % 3 == 0, factor, 1.0)
+    length = num_positions(index, factors)
+    orders = [epoch_order(index, open_groups=4, seed=3, epoch=epoch, factors=factors).rows for epoch in (1, 2)]
+    whole = [entry for rows in global_batches(index, Ledger(1), factors=factors) for entry in sorted(rows.items())]
+    assert [position for position, _ in whole] == [*range(length)] * 2
+
+    read: list[int] = []
+
+    def note(part: SampleIndex) -> list[Sample | Failure]:
+        read.extend(map(int, part.sample_ids))
+        return read_samples(part)
+
+    monkeypatch.setattr(batches, "read_samples", note)
+    monkeypatch.setattr(batches, "CHUNK_ROWS", 2)  # several chunks an epoch
+    for position in (1, 6, 12, 17, length - 5, length - 1):
+        read.clear()
+        found = global_batches(index, Ledger(1, position), num_workers, factors=factors)
+        rest = [entry for rows in found for entry in sorted(rows.items())]
+        assert [p for p, _ in rest] == [p for p, _ in whole[position:]]
+        for (_, row), (_, expected) in zip(rest, whole[position:], strict=True):
+            assert all(map(np.array_equal, row, expected))
+        assert sorted(read) == sorted(np.concatenate(orders)[position:].tolist())
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_chunks_wholly_before_the_start_are_none(
+    index: SampleIndex, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "CHUNK_ROWS", 2)
+    whole = feed_of(index, start=Ledger(2), num_workers=num_workers)
+    assert whole.num_chunks == whole.chunks_per_epoch > 1
+    for position in range(23):
+        feeds = [feed_of(index, start=Ledger(2, position), rank=r, num_workers=num_workers) for r in range(num_workers)]
+        (num_chunks,) = {feed.num_chunks for feed in feeds}
+        chunks = [
+            np.sort(np.concatenate([batches.read_chunk(feed, number).positions for feed in feeds]))
+            for number in range(num_chunks)
+        ]
+        assert np.concatenate(chunks).tolist() == list(range(position, 23))
+        assert all(map(len, chunks))
 
 
 def numbers_of(rows: dict[int, Row]) -> list[int]:
