@@ -83,13 +83,18 @@ class Nodes:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add(self) -> None:
+    def add(self) -> Line:
+        """Starts the second node."""
+        event = {"what": "node added", "at": time.time()}
         self._second = self._cluster.add_node(num_cpus=1)
+        return event
 
-    def remove(self) -> None:
+    def remove(self) -> Line:
         """Kills the second node, and what runs on it."""
+        event = {"what": "node removed", "at": time.time()}
         self._cluster.remove_node(self._second, allow_graceful=False)
         self._second = None
+        return event
 
     def shut_down(self) -> None:
         self._cluster.shutdown()
@@ -138,6 +143,17 @@ class Run:
             lambda line: line["what"] == "step" and line["step"] >= step and workers in (None, line["workers"])
         )
 
+    def wait_for_new_step(self, event: Line, workers: int | None = None) -> Line:
+        """The first step after an event that a group of workers does which started after it."""
+        known = {line["pid"] for line in self.lines() if line["at"] <= event["at"]}
+        return self.wait_for(
+            lambda line: line["what"] == "step" and line["pid"] not in known and workers in (None, line["workers"])
+        )
+
+    def starts(self) -> list[list[Line]]:
+        """See attempts."""
+        return attempts(self.lines())
+
     def kill_a_worker(self, rng: random.Random) -> Line:
         """SIGKILL for one of the workers that now train."""
         newest = attempts(self.lines())[-1]
@@ -155,6 +171,17 @@ class Run:
             raise RuntimeError(f"exit {self.process.returncode}: {self.errors()[-3000:]}")
         result: dict[str, Any] = json.loads(output)
         return result
+
+
+def recovery(lines: Sequence[Line], kill: Line) -> dict[str, float]:
+    """The parts of the seconds from a kill to the next step: new processes run our code, the state is there, a step."""
+    after = [line for line in lines if line["at"] > kill["at"]]
+    enter, fit, step = (next(line for line in after if line["what"] == what) for what in ("enter", "fit", "step"))
+    return {
+        "new processes, s": enter["at"] - kill["at"],
+        "imports and state, s": fit["at"] - enter["at"],
+        "data and a step, s": step["at"] - fit["at"],
+    }
 
 
 # --- judging ------------------------------------------------------------------------------------------------------

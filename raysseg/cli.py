@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns 0 when done, 2 for what the user can mend, 1 for a bug, 128 and more after a signal."""
     options = _parser().parse_args(arguments)
     try:
-        result = _run(options)
+        with redirect_stdout(sys.stderr):  # what libraries print, and Ray's workers, is no result
+            result = _run(options)
     except InputError as error:
         print(f"raysseg: {error}", file=sys.stderr)
         return 2
