@@ -75,7 +75,7 @@ def run_once(folder: Path, nodes: Nodes, seed: int) -> dict[str, float | str]:
 
 def undisturbed(folder: Path, nodes: Nodes) -> list[float]:
     """The losses of a run with two workers."""
-    job = write_job(folder, "undisturbed", epochs=EPOCHS, workers=2)
+    job = write_job(folder, "undisturbed", epochs=EPOCHS, workers=(1, 2))
     run = Run(job, folder / "undisturbed.log", nodes.address)
     run.start()
     run.finish()

@@ -51,7 +51,15 @@ def draw_samples(folder: Path, num_samples: int) -> None:
             Image.fromarray(mask).save(folder / split / "masks" / f"{i:05d}.png")
 
 
-def write_job(folder: Path, name: str, *, epochs: int, workers: int | tuple[int, int], every: str = "9 steps") -> Path:
+def write_job(
+    folder: Path,
+    name: str,
+    *,
+    epochs: int,
+    workers: int | tuple[int, int],
+    every: str = "9 steps",
+    step_timeout_s: float = 60,
+) -> Path:
     """A train job on the samples of a folder."""
     sources = {
         split: {"format": "masks", "images": str(folder / split / "images"), "masks": str(folder / split / "masks")}
@@ -62,7 +70,7 @@ def write_job(folder: Path, name: str, *, epochs: int, workers: int | tuple[int,
         "data": sources | {"crop": [SIZE, SIZE], "augment": None},
         "schedule": {"epochs": epochs, "warmup": 0.0, "decay": "polynomial"},
         "checkpoint": {"every": every},
-        "scaling": {"workers": workers, "cpus_per_worker": 1.0, "step_timeout_s": 60, "max_failures": 5},
+        "scaling": {"workers": workers, "cpus_per_worker": 1.0, "step_timeout_s": step_timeout_s, "max_failures": 5},
         "storage": str(folder / "runs"),
     }
     path = folder / f"{name}.json"
@@ -88,6 +96,13 @@ class Nodes:
         event = {"what": "node added", "at": time.time()}
         self._second = self._cluster.add_node(num_cpus=1)
         return event
+
+    def announce_removal(self, deadline_s: int) -> None:
+        """Tells Ray what a cloud tells of a spot instance: the second node goes away."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.address]
+        command += ["--node-id", self._second.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "test", "--deadline-remaining-seconds", str(deadline_s)]
+        subprocess.run(command, check=True, capture_output=True)
 
     def remove(self) -> Line:
         """Kills the second node, and what runs on it."""
@@ -137,6 +152,14 @@ class Run:
             time.sleep(0.1)
         raise RuntimeError(f"the run did not get there: {self.errors()[-3000:]}")
 
+    def wait_for_error(self, text: str, timeout_s: float = 60.0) -> None:
+        """Until the run tells something on stderr."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.errors():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the run does not say {text!r}: {self.errors()[-3000:]}")
+            time.sleep(0.2)
+
     def wait_for_step(self, step: int, workers: int | None = None) -> Line:
         """The first step from that one on, with as many workers."""
         return self.wait_for(
@@ -175,8 +198,9 @@ class Run:
 
 def recovery(lines: Sequence[Line], kill: Line) -> dict[str, float]:
     """The parts of the seconds from a kill to the next step: new processes run our code, the state is there, a step."""
-    after = [line for line in lines if line["at"] > kill["at"]]
-    enter, fit, step = (next(line for line in after if line["what"] == what) for what in ("enter", "fit", "step"))
+    enter = next(line for line in lines if line["what"] == "enter" and line["at"] > kill["at"])
+    fit = next(line for line in lines if line["what"] == "fit" and line["at"] > enter["at"])
+    step = next(line for line in lines if line["what"] == "step" and line["at"] > fit["at"])
     return {
         "new processes, s": enter["at"] - kill["at"],
         "imports and state, s": fit["at"] - enter["at"],

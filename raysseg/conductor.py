@@ -130,6 +130,8 @@ class Line:
             sign = replace(self._sign, idle_s=time.monotonic() - self._since)
             try:
                 self._wish |= ray.get(self._conductor.exchange.remote(sign, self._actor))
+            except ray.exceptions.ActorUnavailableError:
+                continue  # a connection broke
             except ray.exceptions.RayError:
                 return  # the driver is gone, and soon this process
 

@@ -22,6 +22,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysseg import storage
 from raysseg.conductor import Conductor, Judge, Line, SaveBeforeResize
@@ -54,7 +55,8 @@ def train_on_ray(plan: Plan, signals: Signals) -> bool:
     _check_room(scaling, gpus)
     beside = _resources_beside(plan.job)
     plan_ref = ray.put(replace(plan, validates_beside=beside is not None))
-    conductor = ray.remote(Conductor).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    conductor = ray.remote(Conductor).options(num_cpus=0, scheduling_strategy=here).remote()
     filesystem, path = storage.filesystem(storage.join(plan.job.run_uri, "ray"))
     kind = "fixed" if scaling.min_workers == scaling.max_workers else "elastic"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = _START_TIMEOUT_S[kind]
