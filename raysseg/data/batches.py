@@ -366,7 +366,7 @@ def iter_batches(feed: Feed, chunks: Iterable[Batch]) -> Iterator[list[Batch]]:
         for start in range(feed.first_position(epoch), feed.num_positions, feed.batch.global_size):
             stop = min(start + feed.batch.global_size, feed.num_positions)
             shares = deal(start, stop, per_worker=feed.batch.per_worker, rank=feed.rank, num_workers=feed.num_workers)
-            yield [rows.take(len(share)) if len(share) else _stand_in(feed.recipe) for share in shares]
+            yield [rows.take(len(share)) if len(share) else stand_in(feed.recipe) for share in shares]
 
 
 class _Cursor:
@@ -399,7 +399,8 @@ def _concatenated(parts: list[Batch]) -> Batch:
 
 
 @lru_cache(maxsize=2)
-def _stand_in(recipe: Recipe) -> Batch:
+def stand_in(recipe: Recipe) -> Batch:
+    """A row of weight 0, where there is no position."""
     return Batch(
         np.full((1, *recipe.crop, 3), 127, np.uint8),
         np.full((1, *recipe.crop), recipe.classes.ignore, recipe.classes.dtype),

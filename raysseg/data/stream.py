@@ -24,7 +24,17 @@ from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raysseg.config import Decode
-from raysseg.data.batches import Batch, Chunk, Feed, Numbered, decode_ahead, decode_chunk, iter_parts, read_chunk
+from raysseg.data.batches import (
+    Batch,
+    Chunk,
+    Feed,
+    Numbered,
+    decode_ahead,
+    decode_chunk,
+    iter_parts,
+    read_chunk,
+    stand_in,
+)
 from raysseg.data.index import Failure
 from raysseg.data.shards import SAMPLE_SCHEMA, to_sample, to_table
 from raysseg.schema import InputError, Sample
@@ -107,30 +117,24 @@ def _chunk_bytes(feed: Feed) -> int:
 def _decode_blocks(feed_ref: list[ray.ObjectRef[Feed]], numbers: Block) -> Iterator[Block]:
     """A task that decodes, part by part; what goes wrong travels in a block, so that it reaches the user as it is."""
     feed = _feed(feed_ref[0])
-    empty = np.zeros(1, np.uint8)
     try:
         for part in iter_parts(feed, read_chunk(feed, int(numbers["id"].item()))):
             batch = decode_chunk(feed, part)
-            notes = [_note(failures=[astuple(failure) for failure in batch.failures])] if batch.failures else [""]
-            yield {
-                "images": batch.images,
-                "labels": batch.labels,
-                "weights": batch.weights,
-                "positions": batch.positions,
-                "regions": _pack(batch),
-                "notes": np.array(notes + [""] * (len(batch) - 1), dtype=object),
-            }
-    except InputError as error:
-        note = np.array([_note(error=str(error))], dtype=object)
-        regions = np.array([b""], dtype=object)
-        yield {
-            "images": empty,
-            "labels": empty,
-            "weights": empty,
-            "positions": empty,
-            "regions": regions,
-            "notes": note,
-        }
+            failures = [astuple(failure) for failure in batch.failures]
+            yield _to_block(batch, _note(failures=failures) if failures else "")
+    except InputError as error:  # in a block of the same shapes, since Ray Data may join it with those before it
+        yield _to_block(stand_in(feed.recipe), _note(error=str(error)))
+
+
+def _to_block(batch: Batch, note: str) -> Block:
+    return {
+        "images": batch.images,
+        "labels": batch.labels,
+        "weights": batch.weights,
+        "positions": batch.positions,
+        "regions": _pack(batch),
+        "notes": np.array([note] + [""] * (len(batch) - 1), dtype=object),
+    }
 
 
 def _pack(batch: Batch) -> npt.NDArray[np.object_]:
