@@ -9,6 +9,7 @@ the loop waits until it is there. A round takes both, one after the other.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,8 +67,8 @@ def measure(saver: Saver, state: TrainState, *, is_beside: bool) -> float:
 def runs_on_s3() -> Iterator[str]:
     with s3_server() as endpoint:
         storage.use_s3(endpoint=endpoint, region="us-east-1")
-        options = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=endpoint, **options).create_bucket(Bucket="runs")
+        os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="runs")
         yield "s3://runs"
 
 
