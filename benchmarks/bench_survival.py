@@ -85,10 +85,11 @@ def undisturbed(folder: Path, nodes: Nodes) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--folder", help="for the runs and their logs; default: a temporary one")
     options = parser.parse_args()
     rows: list[Line] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = Path(options.folder or scratch)
         draw_samples(folder, SAMPLES)
         nodes = Nodes()
         try:

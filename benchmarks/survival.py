@@ -212,18 +212,12 @@ def recovery(lines: Sequence[Line], kill: Line) -> dict[str, float]:
 
 
 def attempts(lines: Sequence[Line]) -> list[list[Line]]:
-    """The lines of each start of a group of workers that came to train, first start first."""
-    starts: list[list[Line]] = []
-    group: dict[int, int] = {}  # process -> start
+    """The lines of each group of workers that came to train, first group first."""
+    groups: dict[str, list[Line]] = {}
     for line in lines:
-        if line["what"] == "fit":
-            is_new = not starts or line["rank"] in {entry["rank"] for entry in starts[-1]}
-            if is_new:
-                starts.append([])
-            group[line["pid"]] = len(starts) - 1
-        if line["pid"] in group:
-            starts[group[line["pid"]]].append(line)
-    return starts
+        if line["what"] != "enter":
+            groups.setdefault(line["group"], []).append(line)
+    return list(groups.values())
 
 
 def lineage(lines: Sequence[Line]) -> list[list[Line]]:

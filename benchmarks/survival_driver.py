@@ -93,7 +93,8 @@ def _note(log: Path, what: str, **content: Any) -> None:
 
     context = ray.train.get_context()
     line = {"what": what, "at": time.time(), "pid": os.getpid(), "rank": context.get_world_rank()}
-    line |= {"workers": context.get_world_size(), **content}
+    group = ray.util.get_current_placement_group()
+    line |= {"workers": context.get_world_size(), "group": group.id.hex(), **content}
     with log.open("a") as stream:
         stream.write(json.dumps(line) + "\n")
 

@@ -129,11 +129,12 @@ class Line:
         while not self._closed.wait(_EXCHANGE_S):
             sign = replace(self._sign, idle_s=time.monotonic() - self._since)
             try:
-                self._wish |= ray.get(self._conductor.exchange.remote(sign, self._actor))
+                wish = ray.get(self._conductor.exchange.remote(sign, self._actor))
             except ray.exceptions.ActorUnavailableError:
                 continue  # a connection broke
             except ray.exceptions.RayError:
                 return  # the driver is gone, and soon this process
+            self._wish |= wish
 
 
 class Judge(ray.train.UserCallback):  # type: ignore[misc]

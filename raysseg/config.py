@@ -484,7 +484,13 @@ class Scaling(Section):
         return self
 
 
-Interval = Annotated[str, Field(pattern=r"^[1-9]\d* (steps?|epochs?|seconds?|minutes?|hours?)$")]
+def _is_interval(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d* (step|epoch|second|minute|hour)s?", text):
+        raise ValueError("allowed: a number and its unit, such as `500 steps`, `10 minutes` or `1 epoch`")
+    return text
+
+
+Interval = Annotated[str, AfterValidator(_is_interval)]
 """Such as `500 steps`, `10 minutes` or `1 epoch`."""
 
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600}

@@ -70,8 +70,7 @@ def connect() -> None:
 
 def num_shares(scaling: Scaling) -> int:
     """Into how many parts work is cut: one a worker, and one where there is none."""
-    most = scaling.workers if isinstance(scaling.workers, int) else scaling.workers[1]
-    return max(1, most)
+    return max(1, scaling.max_workers)
 
 
 def gpus_per_worker(scaling: Scaling) -> float:

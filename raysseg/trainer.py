@@ -21,6 +21,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -164,8 +165,11 @@ def _run_rank(settings: dict[str, Any]) -> bool:
     open_stream = partial(
         stream.iter_chunks, report=statistics.append, decode=decode, threads=threads, reserves=settings["reserves"]
     )
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of objects go by it
     was_stopped = False
-    for event in train_epochs(plan, open_stream, ray.train.torch.get_device(), line):
+    for event in train_epochs(plan, open_stream, device, line):
         was_stopped = isinstance(event, Stopped)
         if isinstance(event, Saved):
             _report_to_ray(event, plan)

@@ -235,6 +235,24 @@ def test_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
     assert job.data.val.uri == "s3://bucket/a=b"
 
 
+@pytest.mark.parametrize(
+    ("every", "steps", "seconds"),
+    [("500 steps", 500, None), ("1 step", 1, None), ("2 epochs", 14, None), ("10 minutes", None, 600.0)],
+)
+def test_an_interval_goes_by_steps_or_by_time(
+    tmp_path: Path, every: str, steps: int | None, seconds: float | None
+) -> None:
+    job = config.load(written(tmp_path, TRAIN), [f"checkpoint.every={every}"])
+    assert isinstance(job, config.TrainJob)
+    assert (job.checkpoint.every_steps(steps_per_epoch=7), job.checkpoint.every_s) == (steps, seconds)
+
+
+@pytest.mark.parametrize("every", ["10 min", "0 steps", "steps", "1.5 hours", "500"])
+def test_what_is_no_interval_is_told_what_is(tmp_path: Path, every: str) -> None:
+    with pytest.raises(JobError, match=r"checkpoint\.every: received .*such as `500 steps`, `10 minutes` or `1 epoch`"):
+        config.load(written(tmp_path, TRAIN), [f"checkpoint.every='{every}'"])
+
+
 @pytest.mark.parametrize("override", ["optimizer", "=3", "optimizer.lr=["])
 def test_broken_override_is_named(tmp_path: Path, override: str) -> None:
     with pytest.raises(JobError, match="override") as caught:
