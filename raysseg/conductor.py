@@ -23,7 +23,8 @@ from raysseg.runtime import as_input_error, log_to_stderr
 
 _EXCHANGE_S = 1.0
 _RESIZE_S = 60.0  # that a resize waits for the checkpoint it asked for
-_AT_REST = ("start", "save")  # phases that take their time, and have their own limits
+_AT_REST = ("start", "save")  # phases that may take longer than a step
+_AT_REST_S = 1800.0
 _BUGS = (TypeError, ValueError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class Conductor:
         now = time.monotonic()
         found = [(sign, actor) for sign, heard, actor in self._signs.values() if now - heard > timeout_s]
         signs = [replace(sign, idle_s=sign.idle_s + now - heard) for sign, heard, _ in self._signs.values()]
-        is_moving = any(sign.phase in _AT_REST or sign.idle_s <= timeout_s for sign in signs)
+        limits = [max(timeout_s, _AT_REST_S) if sign.phase in _AT_REST else timeout_s for sign in signs]
+        is_moving = any(sign.idle_s <= limit for sign, limit in zip(signs, limits, strict=True))
         if signs and not found and not is_moving and len(signs) == signs[0].num_workers:
             last = min(sign.place for sign in signs)
             found = [(sign, actor) for sign, _, actor in self._signs.values() if sign.place == last]

@@ -248,13 +248,14 @@ def _validate(
 
 
 def _marked(steps: Iterator[list[Batch]], state: TrainState, link: Link) -> Iterator[list[Batch]]:
-    """The same steps; the link learns when the rank waits for data."""
+    """The same steps; the link learns when the rank waits for data. The first step is part of the start."""
+    first = state.step
     while True:
-        link.mark("data", state.step)
+        link.mark("data" if state.step > first else "start", state.step)
         step = next(steps, None)
         if step is None:
             return
-        link.mark("step", state.step)
+        link.mark("step" if state.step > first else "start", state.step)
         yield step
 
 

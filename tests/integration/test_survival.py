@@ -45,7 +45,7 @@ def assert_used_once(run: Run) -> None:
     assert sum(curve[-8:]) < sum(curve[:8]), "and it learns"
 
 
-def test_a_killed_and_a_stuck_worker(nodes: Nodes, folder: Path) -> None:
+def test_a_killed_worker_a_stuck_one_and_a_driver_told_to_end(nodes: Nodes, folder: Path) -> None:
     job = write_job(folder, "workers", epochs=EPOCHS, workers=(1, 2), step_timeout_s=12)
     run = Run(job, folder / "workers.log", nodes.address, 0.05)
     run.start()
@@ -55,9 +55,15 @@ def test_a_killed_and_a_stuck_worker(nodes: Nodes, folder: Path) -> None:
     victim = run.starts()[-1][0]
     os.kill(victim["pid"], signal.SIGSTOP)
     run.wait_for_new_step({"at": time.time()})
+    run.process.terminate()
+    assert run.process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "the same command goes on from there" in run.errors()
+    done = max(line["step"] for line in run.starts()[-1] if line["what"] == "step")
+    run.start()
     run.finish()
     assert_used_once(run)
-    assert len(run.starts()) == 3
+    assert len(run.starts()) == 4
+    assert next(line["step"] for line in run.starts()[-1] if line["what"] == "fit") == done, "no step is done again"
     assert f"worker {victim['rank']} (pid {victim['pid']} on" in run.errors()
     assert "is stuck at step" in run.errors()
 
