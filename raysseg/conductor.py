@@ -16,6 +16,7 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState, TrainControllerState
+from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 
 from raysseg import storage
 from raysseg.link import Wish
@@ -70,6 +71,10 @@ class Conductor:
         """A rank is through."""
         self._signs.pop(rank, None)
 
+    def forget(self) -> None:
+        """The group has come to its end."""
+        self._signs.clear()
+
     def ask(self, wish: Wish) -> None:
         """Passes a wish on."""
         self._wish |= wish
@@ -100,6 +105,7 @@ class Line:
         self._sign = Sign(context.get_world_rank(), context.get_world_size(), process, "start", (0, 0), 0.0)
         self._since = time.monotonic()
         self._wish = Wish.NOTHING
+        self._was_preempted = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raysseg-line", daemon=True)
         self._thread.start()
@@ -114,12 +120,17 @@ class Line:
         self._sign = replace(self._sign, phase=phase, place=(step, self._sign.place[1] + 1))
         self._since = time.monotonic()
 
+    def beat(self) -> None:
+        """Tells that the phase goes on."""
+        self._since = time.monotonic()
+
     def is_preempted(self) -> bool:
         """Whether Ray drains a node that a rank runs on; every rank must call it."""
         info = ray.train.get_preemption_info()
-        if info is not None:
+        if info is not None and not self._was_preempted:
             logger.warning("nodes are going away, with the workers %s: checkpoints are written", info.preempted_ranks)
-        return info is not None
+        self._was_preempted = info is not None
+        return self._was_preempted
 
     def close(self) -> None:
         """The rank is through."""
@@ -142,20 +153,24 @@ class Line:
 class Judge(ray.train.UserCallback):  # type: ignore[misc]
     """Ends a run whose failures no restart mends: mistakes, bugs, and too many in a row without a new checkpoint."""
 
-    def __init__(self, run_uri: str, most: int) -> None:
+    def __init__(self, conductor: ActorHandle, run_uri: str, most: int) -> None:
+        self._conductor = conductor
         self._run_uri = run_uri
         self._most = most
         self._in_a_row = 0
         self._known: set[str] = set()
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises what ends the run."""
+        """Raises what ends the run; Ray asks once a poll."""
+        if any(_is_preempted_actor(error) for error in worker_exceptions.values()):
+            return
         for error in worker_exceptions.values():
             mistake = as_input_error(error)
             if mistake is not None and not getattr(mistake, "is_transient", False):
                 raise mistake
             if mistake is None and isinstance(error, _BUGS):
                 raise error
+        self._conductor.forget.remote()
         found = _checkpoints(self._run_uri)
         self._in_a_row = 1 if found - self._known else self._in_a_row + 1
         self._known |= found
@@ -190,10 +205,16 @@ class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]
         deadline = time.monotonic() + _RESIZE_S
         while not _checkpoints(self._run_uri) - before and time.monotonic() < deadline:
             time.sleep(0.5)
+        ray.get(self._conductor.forget.remote())
 
 
 def _checkpoints(run_uri: str) -> set[str]:
-    """The names of all that were written to their end."""
+    """The names of all that were written to their end; none while the storage is away."""
     uri = storage.join(run_uri, "checkpoints")
-    found = storage.list_files(uri) if storage.exists(uri) else []
+    try:
+        found = storage.list_files(uri) if storage.exists(uri) else []
+    except storage.StorageError as error:
+        if not error.is_transient:
+            raise
+        return set()
     return {entry.path for entry in found if entry.path.endswith(".json")}

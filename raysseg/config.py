@@ -414,7 +414,7 @@ class EarlyStopping(Section):
     metric: str | None = None
     """Default: checkpoint.metric."""
     mode: Literal["max", "min"] | None = None
-    """Default: checkpoint.mode."""
+    """Default: checkpoint.mode; min for train/loss."""
 
 
 class Ema(Section):
@@ -506,6 +506,7 @@ class Checkpoint(Section):
     metric: str = ""
     """Default: val/miou, val/mask_ap or val/pq, as the task is."""
     mode: Literal["max", "min"] = "max"
+    """Default: max; min for train/loss."""
 
     def every_steps(self, steps_per_epoch: int) -> int | None:
         """Optimiser steps between two checkpoints; None where they go by time."""
@@ -723,8 +724,12 @@ class TrainJob(DataJob):
     @model_validator(mode="before")
     @classmethod
     def _fill_headline(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and value.get("task") in HEADLINES:
-            return _merged({"checkpoint": {"metric": f"val/{HEADLINES[value['task']]}"}}, value)
+        if not isinstance(value, Mapping) or value.get("task") not in HEADLINES:
+            return value
+        value = _merged({"checkpoint": {"metric": f"val/{HEADLINES[value['task']]}"}}, value)
+        checkpoint = value["checkpoint"]
+        if isinstance(checkpoint, Mapping) and checkpoint.get("metric") == "train/loss":
+            return _merged({"checkpoint": {"mode": "min"}}, value)
         return value
 
     @model_validator(mode="after")

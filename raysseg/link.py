@@ -39,6 +39,9 @@ class Link(Protocol):
     def mark(self, phase: str, step: int) -> None:
         """Tells what the rank does now; all ranks run through the same phases."""
 
+    def beat(self) -> None:
+        """Tells that the phase goes on."""
+
     def is_preempted(self) -> bool:
         """Whether a node is going away; every rank must call it."""
 
@@ -89,6 +92,9 @@ class Alone:
 
     def mark(self, phase: str, step: int) -> None:
         """Nobody looks on."""
+
+    def beat(self) -> None:
+        """Nobody listens."""
 
     def is_preempted(self) -> bool:
         """Never: a process has no notice of that."""

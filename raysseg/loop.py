@@ -48,7 +48,8 @@ class NonFinite:
     """The gradient was not finite: the step changed nothing but the place in the data; its Step follows.
 
     Attributes:
-        positions: of this rank's micro-batches whose loss is not finite; all of this rank's where every loss is.
+        positions: of this rank's micro-batches whose loss is not finite; all of this rank's where every loss of every
+            rank is; none where it is another rank's that is not.
         losses: of all of this rank's micro-batches.
     """
 
@@ -318,28 +319,26 @@ def fit(
             stop = min(start + job.batch.global_size, num_samples)
             assert ahead is not None
             micro_batches, pairs, wait_s = ahead
-            factor = learning_rate_factor(job.schedule, state.step, total)
-            _set_rate(state.optimizer, factor)
-            _seed_dropout(job.seed, state.step)
-            state.model.set_progress(state.step / total)
+            lr = _prepare(state, job, total)
             statistics.keep()
             parts = _backward(model, state, pairs, dtype)
             ahead = _fetch(batches, job, epoch, device) if stop < num_samples else None  # while the device computes
             is_finite = _update(state, job)
-            if not is_finite:
-                statistics.restore()
-            losses = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
-            loss = torch.stack(list(losses.values())).sum()
             state.step += 1
             state.ledger = Ledger(epoch, stop, order_hash)
+            incident = None
+            if not is_finite:
+                statistics.restore()
+                incident = _name_non_finite(state, epoch, micro_batches, parts)
+            losses = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
             state.tally.failures += [failure for batch in micro_batches for failure in batch.failures]
-            is_counted = is_finite or (state.scaler.is_enabled() and bool(torch.isfinite(loss)))
-            state.tally.add(losses, stop - start, is_counted=is_counted)
+            state.tally.add(losses, stop - start, is_counted=incident is None)
             state.tally.add_time(wait_s=wait_s)
             before = time.perf_counter()
-            if not is_counted:
-                yield _name_non_finite(epoch, state.step, micro_batches, parts)
-            yield Step(epoch, state.step, loss, job.optimizer.lr * factor, wait_s)
+            if incident is not None:
+                yield incident
+            loss = torch.stack(list(losses.values())).sum()
+            yield Step(epoch, state.step, loss, lr, wait_s)
             state.tally.add_time(stall_s=time.perf_counter() - before)
         state.tally.share(device)
         factor = learning_rate_factor(job.schedule, state.step - 1, total)
@@ -350,6 +349,18 @@ def fit(
         yield EpochResult(epoch, state.step, metrics, failures)
         state.tally = Tally()  # its clock starts now
         state.tally.add_time(stall_s=time.perf_counter() - before)
+
+
+def _prepare(state: TrainState, job: config.TrainJob, total: int) -> float:
+    """What follows from the step alone: the learning rate, which it returns, dropout, and the model's own schedule."""
+    factor = learning_rate_factor(job.schedule, state.step, total)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    _seed_dropout(job.seed, state.step)
+    for model in (state.model, state.ema):
+        if model is not None:
+            model.set_progress(state.step / total)
+    return job.optimizer.lr * factor
 
 
 class _Fetched(NamedTuple):
@@ -434,11 +445,24 @@ class _Statistics:
             torch._foreach_copy_(self._buffers, self._kept)
 
 
-def _name_non_finite(epoch: int, step: int, micro_batches: list[Batch], parts: list[dict[str, Tensor]]) -> NonFinite:
+def _name_non_finite(
+    state: TrainState, epoch: int, micro_batches: list[Batch], parts: list[dict[str, Tensor]]
+) -> NonFinite | None:
+    """Whose fault a gradient is that is not finite; every rank must call it.
+
+    Returns:
+        None where fp16 has no room for the gradient of finite losses, which its scaler mends.
+    """
     losses = [float(torch.stack(list(part.values())).sum()) for part in parts]
     blamed = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
-    positions = [int(p) for batch in blamed or micro_batches for p in batch.positions if p >= 0]
-    return NonFinite(epoch, step, tuple(positions), tuple(losses))
+    num_blamed = torch.tensor(len(blamed), device=next(state.model.parameters()).device)
+    if dist.is_initialized():
+        dist.all_reduce(num_blamed)
+    if not num_blamed and state.scaler.is_enabled():
+        return None
+    batches = blamed if num_blamed else micro_batches
+    positions = [int(p) for batch in batches for p in batch.positions if p >= 0]
+    return NonFinite(epoch, state.step, tuple(positions), tuple(losses))
 
 
 def _sum_normalisers(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -448,11 +472,6 @@ def _sum_normalisers(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if dist.is_initialized():
         dist.all_reduce(total)
     return dict(zip(names, total, strict=True))
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
 
 
 def _seed_dropout(seed: int, step: int) -> None:

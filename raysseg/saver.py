@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from raysseg import bundle as bundles
@@ -42,8 +43,6 @@ class Saver:
 
     def __init__(self, job: TrainJob, bundle: Bundle, *, validates_beside: bool) -> None:
         self._job, self._bundle, self._validates_beside = job, bundle, validates_beside
-        self._model: SegModel | None = None  # takes the weights of a bundle
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="raysseg-saver")
         self._pending: Future[Snapshot] | None = None
         self._is_epoch = False
         self._spare: Snapshot | None = None  # lends its memory to the next one
@@ -61,10 +60,22 @@ class Saver:
     def save(self, state: TrainState, *, is_epoch: bool) -> None:
         """Begins to save a state; waits for the save before, and for nothing else."""
         self.finish()
-        if is_epoch and self._model is None:
-            self._model = copy.deepcopy(state.model).cpu()
         snapshot = checkpoint.take(state, into=self._spare)
-        self._pending, self._is_epoch = self._pool.submit(self._write, snapshot, is_epoch), is_epoch
+        model = copy.deepcopy(self._scored(state)).cpu() if is_epoch else None
+        self._pending, self._is_epoch = Future(), is_epoch
+        # not one of a pool, which the interpreter would wait for at its end
+        thread = threading.Thread(target=self._run, args=(self._pending, snapshot, model), daemon=True)
+        thread.start()
+
+    def _scored(self, state: TrainState) -> SegModel:
+        is_average = self._job.ema is not None and self._job.ema.is_used
+        return state.ema if is_average and state.ema is not None else state.model
+
+    def _run(self, pending: Future[Snapshot], snapshot: Snapshot, model: SegModel | None) -> None:
+        try:
+            pending.set_result(self._write(snapshot, model))
+        except BaseException as error:  # whoever waits for it gets it
+            pending.set_exception(error)
 
     def take(self, state: TrainState) -> Saved:
         """Waits for the epoch that is being saved; validations that have come since join the state's history.
@@ -79,47 +90,48 @@ class Saver:
         state.history = [*history, *state.history[len(history) :]]
         return Saved(self._spare.step, history[-1], checkpoint.uri_of(self._job.run_uri, self._spare.step))
 
-    def finish(self) -> None:
-        """Waits for the checkpoint that is being saved, if there is one."""
+    def finish(self, *, is_last: bool = False) -> None:
+        """Waits for the checkpoint that is being saved, if there is one.
+
+        Raises:
+            StorageError: it can't be saved, and no other one follows.
+        """
         assert not self._is_epoch, "an epoch is to be taken first"
-        if self._pending is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
         try:
-            self._spare = self._pending.result()
+            self._spare = pending.result()
         except StorageError as error:
+            if is_last:
+                raise
             logger.warning("a checkpoint was left out; training goes on, and the one before stands: %s", error)
-        self._pending = None
 
-    def _write(self, snapshot: Snapshot, is_epoch: bool) -> Snapshot:
-        """What the thread does."""
+    def _write(self, snapshot: Snapshot, model: SegModel | None) -> Snapshot:
+        """What the thread does; with the model of an epoch's bundle."""
         for pause_s in _PAUSES_S:
             try:
-                return self._write_once(snapshot, is_epoch)
+                return self._write_once(snapshot, model)
             except StorageError as error:
                 if not error.is_transient:
                     raise
                 logger.warning("step %d is not saved yet; once more in %g s: %s", snapshot.step, pause_s, error)
             time.sleep(pause_s)
-        return self._write_once(snapshot, is_epoch)
+        return self._write_once(snapshot, model)
 
-    def _write_once(self, snapshot: Snapshot, is_epoch: bool) -> Snapshot:
+    def _write_once(self, snapshot: Snapshot, model: SegModel | None) -> Snapshot:
         job = self._job
         if self._validates_beside:
             snapshot = replace(snapshot, history=standing.with_validations(job, snapshot.history))
-        started = time.perf_counter()
-        uri = checkpoint.write(job.run_uri, snapshot)
-        if is_epoch:
-            if standing.is_among_best(job, snapshot.history) or self._validates_beside:
-                self._write_bundle(snapshot)
-            standing.settle(job, snapshot.history)
-        else:
-            standing.thin(job, snapshot.history)
+        if model is None:
+            started = time.perf_counter()
+            uri = checkpoint.write(job.run_uri, snapshot)
+            standing.thin_checkpoints(job, snapshot.history)
             logger.info("step %d: saved %s in %.1f s", snapshot.step, uri, time.perf_counter() - started)
+            return snapshot
+        if standing.is_among_best(job, snapshot.history) or self._validates_beside:
+            uri = standing.bundle_uri(job, snapshot.step)  # first: a checkpoint that knows of an epoch has its bundle
+            bundles.write(replace(self._bundle, uri=uri, metrics=snapshot.history[-1]), model)
+        checkpoint.write(job.run_uri, snapshot)
+        standing.settle(job, snapshot.history)
         return snapshot
-
-    def _write_bundle(self, snapshot: Snapshot) -> None:
-        assert self._model is not None
-        is_average = self._job.ema is not None and self._job.ema.is_used
-        self._model.load_state_dict(snapshot.tensors["ema" if is_average else "model"])
-        uri = standing.bundle_uri(self._job, snapshot.step)
-        bundles.write(replace(self._bundle, uri=uri, metrics=snapshot.history[-1]), self._model)

@@ -39,15 +39,16 @@ def settle(job: TrainJob, history: History) -> None:
         (value,) = (row[metric] for row in history if row["step"] == step)
         best = {"bundle": f"bundles/{step:08d}", "step": step, "metric": metric, "value": value}
         storage.write_text(storage.join(run_uri, "best.json"), json.dumps(best))
-    thin(job, history)
+    thin_checkpoints(job, history)
+    keep = checkpoint.best(scored, job.checkpoint.keep)
+    checkpoint.thin(storage.join(run_uri, "bundles"), bundles.MANIFEST, keep | _pending(job, history))
 
 
-def thin(job: TrainJob, history: History) -> None:
-    """Deletes the checkpoints and bundles that are not worth keeping: the best stay, and the newest two checkpoints."""
+def thin_checkpoints(job: TrainJob, history: History) -> None:
+    """Deletes the checkpoints that are not worth keeping: the best stay, and the newest two."""
     keep = checkpoint.best(_scored(job, history), job.checkpoint.keep)
     newest = checkpoint.steps(job.run_uri)[-2:]
     checkpoint.thin(storage.join(job.run_uri, "checkpoints"), checkpoint.MANIFEST, keep | set(newest))
-    checkpoint.thin(storage.join(job.run_uri, "bundles"), bundles.MANIFEST, keep | _pending(job, history))
 
 
 def has_stalled(job: TrainJob, history: History) -> bool:
@@ -55,7 +56,8 @@ def has_stalled(job: TrainJob, history: History) -> bool:
     rule = job.schedule.early_stopping
     if rule is None:
         return False
-    metric, mode = rule.metric or job.checkpoint.metric, rule.mode or job.checkpoint.mode
+    metric = rule.metric or job.checkpoint.metric
+    mode = rule.mode or ("min" if metric == "train/loss" else job.checkpoint.mode)
     best, since = -math.inf, 0
     for value in (row[metric] for row in history if metric in row):
         score = value if mode == "max" else -value
@@ -64,17 +66,16 @@ def has_stalled(job: TrainJob, history: History) -> bool:
 
 
 def per_worker(job: TrainJob) -> int:
-    """Images a worker's forward pass: as the job says, or what they were halved to when memory ran out."""
+    """Images a worker's forward pass: as the job says, or what those were halved to when memory ran out."""
     uri = storage.join(job.run_uri, "per_worker.json")
-    if not storage.exists(uri):
-        return job.batch.per_worker
-    return int(json.loads(storage.read_text(uri))["per_worker"])
+    found = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+    return int(found["per_worker"]) if found.get("asked") == job.batch.per_worker else job.batch.per_worker
 
 
-def write_per_worker(job: TrainJob, images: int) -> None:
-    """Sets the images of a worker's forward pass for the rest of the run."""
-    uri = storage.join(job.run_uri, "per_worker.json")
-    storage.write_text(uri, json.dumps({"per_worker": images, "because": "a GPU ran out of memory"}))
+def write_per_worker(job: TrainJob, asked: int, images: int) -> None:
+    """Sets the images of a worker's forward pass for as long as the job asks for so many."""
+    content = {"asked": asked, "per_worker": images, "because": "a GPU ran out of memory"}
+    storage.write_text(storage.join(job.run_uri, "per_worker.json"), json.dumps(content))
 
 
 def read_history(job: TrainJob) -> History:
@@ -114,8 +115,8 @@ def _validation_uri(job: TrainJob, step: int) -> str:
 
 
 def _pending(job: TrainJob, history: History) -> set[int]:
-    """Steps that can't be ranked yet."""
-    return {int(row["step"]) for row in history if job.checkpoint.metric not in row}
+    """Steps that can't be ranked yet, or whose validation still needs their bundle."""
+    return {int(row["step"]) for row in history if job.checkpoint.metric not in row or _is_waiting(row)}
 
 
 def _scored(job: TrainJob, history: History) -> list[checkpoint.Scored]:

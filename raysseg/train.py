@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from raysseg.data.batches import iter_chunks, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, update_failures
 from raysseg.data.sampling import Factors, Presence, num_positions, repeat_factors
 from raysseg.evaluate import Evaluation, describe_failures, measure
-from raysseg.link import Alone, Signals, signals_noted
+from raysseg.link import Alone, signals_noted
 from raysseg.losses import ClassPixels, balance, count_pixels, count_regions
 from raysseg.masks import BINARY_MEND, MaskSet, SegmentMap, to_dense, to_view
 from raysseg.metrics import Metrics
@@ -29,7 +28,7 @@ from raysseg.runtime import spread
 from raysseg.schema import ClassMap, InputError, RunStopped, Task
 from raysseg.trackers import check_trackers
 from raysseg.validation import evaluation_of, validate_bundle
-from raysseg.worker import Plan, Stopped, train_epochs
+from raysseg.worker import Plan, train_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -258,28 +257,28 @@ def _unfinished(job: TrainJob) -> bool:
 
 
 def _train(plan: Plan) -> None:
-    """All epochs, here or on Ray; Stopped where a signal ended them."""
-    with signals_noted() as signals:
-        if plan.job.scaling.in_process:
-            was_stopped = _train_here(plan, signals)
-        else:
-            from raysseg.trainer import train_on_ray
+    """All epochs, here or on Ray; RunStopped where a signal asked to end, even if it came after the last step."""
+    if plan.job.scaling.in_process:
+        received = _train_here(plan)
+    else:
+        from raysseg.trainer import train_on_ray
 
-            was_stopped = train_on_ray(plan, signals)
-    if was_stopped:
-        assert signals.received is not None
-        raise RunStopped(f"{plan.job.run_uri} is saved; the same command goes on from there", signals.received)
+        received = train_on_ray(plan)
+    if received is not None:
+        raise RunStopped(f"{plan.job.run_uri} is saved; the same command goes on from there", received)
 
 
-def _train_here(plan: Plan, signals: Signals) -> bool:
-    """All epochs in this process, without Ray; returns whether they were stopped."""
+def _train_here(plan: Plan) -> int | None:
+    """All epochs in this process, without Ray; returns the signal that asked to end, if there was one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    events = partial(train_epochs, plan, iter_chunks, device, Alone(signals))
-    try:
-        return any(isinstance(event, Stopped) for event in events())
-    except torch.OutOfMemoryError:
-        pass  # what the first attempt held is freed only outside of this block
-    return any(isinstance(event, Stopped) for event in events())
+    with signals_noted() as signals:
+        try:
+            list(train_epochs(plan, iter_chunks, device, Alone(signals)))
+            return signals.received
+        except torch.OutOfMemoryError:
+            pass  # what the first attempt held is freed only outside of this block
+        list(train_epochs(plan, iter_chunks, device, Alone(signals)))
+    return signals.received
 
 
 # --- after --------------------------------------------------------------------------------------------------------

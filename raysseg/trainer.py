@@ -29,12 +29,12 @@ from raysseg import storage
 from raysseg.conductor import Conductor, Judge, Line, SaveBeforeResize
 from raysseg.config import Scaling, TrainJob
 from raysseg.data import stream
-from raysseg.link import Signals, Wish
+from raysseg.link import Signals, Wish, signals_noted
 from raysseg.runtime import as_input_error, connect, gpus_per_worker, log_to_stderr
 from raysseg.saver import Saved
 from raysseg.schema import InputError
 from raysseg.validation import validate_bundle
-from raysseg.worker import Plan, Stopped, train_epochs
+from raysseg.worker import Plan, train_epochs
 
 _RESIZE_LOOK_S = 60.0  # between two looks whether an elastic run could have another number of workers
 _START_TIMEOUT_S = {"fixed": "180", "elastic": "15"}  # for the workers' place; elastic: what was seen may be gone
@@ -43,8 +43,8 @@ _START_ATTEMPTS = {"fixed": 3, "elastic": 40}
 logger = logging.getLogger(__name__)
 
 
-def train_on_ray(plan: Plan, signals: Signals) -> bool:
-    """Trains all epochs in Ray Train's workers; returns whether it was stopped before.
+def train_on_ray(plan: Plan) -> int | None:
+    """Trains all epochs in Ray Train's workers; returns the signal that asked to end, if there was one.
 
     Raises:
         InputError: the data can't be used, or the cluster has no room for the workers.
@@ -77,30 +77,32 @@ def train_on_ray(plan: Plan, signals: Signals) -> bool:
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=_START_ATTEMPTS[kind]),
             callbacks=[
-                Judge(plan.job.run_uri, scaling.max_failures),
+                Judge(conductor, plan.job.run_uri, scaling.max_failures),
                 SaveBeforeResize(conductor, plan.job.run_uri),
             ],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # its files hold the rest
         ),
         validation_config=_validation_config(plan_ref, beside) if beside is not None else None,
     )
-    try:
-        return bool(_look_after(trainer.fit, conductor, signals, scaling.step_timeout_s).return_value)
-    except ray.train.TrainingFailedError as error:
-        raise as_input_error(error) or error from None
+    with signals_noted() as signals:  # not before: starting Ray takes SIGTERM for itself
+        try:
+            _look_after(trainer.fit, conductor, signals, scaling.step_timeout_s)
+        except ray.train.TrainingFailedError as error:
+            raise as_input_error(error) or error from None
+    return signals.received
 
 
 def _look_after(
     fit: Callable[[], ray.train.Result], conductor: ActorHandle, signals: Signals, step_timeout_s: float
-) -> ray.train.Result:
+) -> None:
     """Waits for the run in a way that signals come through; replaces workers that are stuck."""
-    outcome: list[ray.train.Result | BaseException] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            outcome.append(fit())
+            fit()
         except BaseException as error:
-            outcome.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="raysseg-fit", daemon=True)
     thread.start()
@@ -119,10 +121,8 @@ def _look_after(
                 step_timeout_s,
             )
             ray.kill(actor)
-    (result,) = outcome
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    if errors:
+        raise errors[0]
 
 
 def _leaves_cpus(scaling: Scaling, gpus: float) -> bool:
@@ -146,14 +146,13 @@ def _check_room(scaling: Scaling, gpus: float) -> None:
 # --- a worker -----------------------------------------------------------------------------------------------------
 
 
-def _run_rank(settings: dict[str, Any]) -> bool:
-    """What Ray Train runs on each worker; returns whether the run was stopped."""
+def _run_rank(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker."""
     log_to_stderr()
     logging.getLogger().setLevel(logging.WARNING)  # some of Ray's loggers stand outside of its own tree
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # a hint on speed, for GPUs
-    line = Line(settings["conductor"])
     plan: Plan = ray.get(settings["plan"])
     rank = ray.train.get_context().get_world_rank()
     if rank:
@@ -168,17 +167,16 @@ def _run_rank(settings: dict[str, Any]) -> bool:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of objects go by it
-    was_stopped = False
-    for event in train_epochs(plan, open_stream, device, line):
-        was_stopped = isinstance(event, Stopped)
-        if isinstance(event, Saved):
-            _report_to_ray(event, plan)
+    line = Line(settings["conductor"])
+    try:
+        for saved in train_epochs(plan, open_stream, device, line):
+            _report_to_ray(saved, plan)
+    finally:
+        line.close()
     if rank == 0 and statistics:
         text = "\n".join(statistics)
         logger.info("Ray Data delivered the training bytes of worker 0:\n%s", text)
         storage.write_text(storage.join(plan.job.run_uri, "data.log"), text)
-    line.close()
-    return was_stopped
 
 
 def _report_to_ray(saved: Saved, plan: Plan) -> None:

@@ -8,8 +8,8 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from raysseg import checkpoint, standing, storage
 from raysseg.bundle import Bundle, Preprocessing
 from raysseg.config import TrainJob
 from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_pairs, read_ids
-from raysseg.data.index import Failure, SampleIndex, write_failures
+from raysseg.data.index import Failure, SampleIndex, read_failures, write_failures
 from raysseg.data.sampling import Factors, order_hash
 from raysseg.ledger import num_steps
 from raysseg.link import Link, Wish
@@ -79,14 +79,7 @@ class Plan:
     validates_beside: bool = False
 
 
-@dataclass(frozen=True)
-class Stopped:
-    """The run was asked to end; what it has come to is on storage."""
-
-    step: int
-
-
-def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device, link: Link) -> Iterator[Saved | Stopped]:
+def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device, link: Link) -> Iterator[Saved]:
     """Trains this rank from the newest checkpoint on; every rank runs it, the first one writes.
 
     Args:
@@ -96,7 +89,8 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device, link
         link: to whoever started the run.
 
     Yields:
-        A Saved once an epoch is on storage; the last value may be a Stopped.
+        Once an epoch is on storage. There may be fewer epochs than planned: where the link wished so, and where more
+        would not help.
 
     Raises:
         InputError: the data or the gradient can't be used, or memory does not suffice.
@@ -117,15 +111,15 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device, link
     )
     model = wrap(state.model, is_compiled=job.compile, channels_last=job.channels_last)
     scored = state.ema if state.ema is not None and job.ema is not None and job.ema.is_used else state.model
-    agree = _Agreement(num_workers)
+    agree = _Agreement(num_workers, job.scaling.step_timeout_s)
     if agree(Wish.FINISH if standing.has_stalled(job, state.history) else Wish.NOTHING):
         return
     steps = _marked(iter_batches(feed, open_stream(feed)), state, link)
     fitting = partial(fit, num_samples=feed.num_positions, order_hash=hash_now, job=job, dtype=dtype)
     events = _naming_memory(fitting(model, state, steps), job, asked=asked, first_step=state.step)
-    validate = None if plan.validates_beside else partial(_validate, scored, plan, rank, num_workers, dtype)
+    validate = None if plan.validates_beside else partial(_validate, scored, plan, rank, num_workers, dtype, link)
     with open_trackers(job, state.step) if rank == 0 else Trackers(()) as trackers:
-        keeper = _Keeper(plan, state, rank, num_steps(feed.num_positions, job.batch.global_size), trackers)
+        keeper = _Keeper(plan, state, rank, feed.num_positions, trackers)
         progress = _Progress(job, feed.num_positions, state.step, trackers) if rank == 0 else None
         yield from _follow(events, state, link, agree, keeper, progress, _Incidents(job, feed, rank), validate)
 
@@ -139,7 +133,7 @@ def _follow(
     progress: _Progress | None,
     incidents: _Incidents,
     validate: Callable[[], tuple[dict[str, float], list[Failure]]] | None,
-) -> Iterator[Saved | Stopped]:
+) -> Iterator[Saved]:
     """Goes through a rank's training event by event; after each one, all ranks agree on what to do."""
     for event in events:
         if isinstance(event, NonFinite):
@@ -171,7 +165,6 @@ def _follow(
             keeper.save()
         if wish & Wish.STOP:
             keeper.end("killed")
-            yield Stopped(state.step)
             return
         link.mark("step", state.step)
     link.mark("save", state.step)
@@ -212,10 +205,12 @@ def _resume(state: TrainState, plan: Plan, hash_now: str, rank: int) -> None:
     if rank == 0:
         epoch, position = state.ledger.epoch, state.ledger.position
         logger.info("resumed from %s: epoch %d, position %d, step %d", uri, epoch + 1, position, state.step)
+        if state.history:
+            standing.settle(plan.job, state.history)  # what came after this checkpoint does not count
 
 
 def _validate(
-    model: SegModel, plan: Plan, rank: int, num_workers: int, dtype: torch.dtype
+    model: SegModel, plan: Plan, rank: int, num_workers: int, dtype: torch.dtype, link: Link
 ) -> tuple[dict[str, float], list[Failure]]:
     """Metrics over the validation split, shared out over the ranks; every rank must call it."""
     if num_workers > 1:
@@ -230,11 +225,13 @@ def _validate(
         plan.val, plan.classes, job.task, rows=job.batch.per_worker, share=rank, num_shares=num_workers
     )
     forward = partial(predict, model, size=job.data.size, dtype=dtype, inference=job.inference)
-    for item in chain.from_iterable(predict_pairs(forward, batches)):
-        if isinstance(item, Failure):
-            failures.append(item)
-        else:
-            metrics.update(item.pair.sample_id, item.prediction, item.pair.truth)
+    for batch in predict_pairs(forward, batches):
+        link.beat()
+        for item in batch:
+            if isinstance(item, Failure):
+                failures.append(item)
+            else:
+                metrics.update(item.pair.sample_id, item.prediction, item.pair.truth)
     model.train(was_training)
     if num_workers > 1:
         states: list[Any] = [None] * num_workers
@@ -269,7 +266,7 @@ def _naming_memory(events: Iterator[Event], job: TrainJob, *, asked: int, first_
     except torch.OutOfMemoryError as error:
         size = job.batch.per_worker
         if step - first_step < _FIRST_STEPS and size == asked > 1:
-            standing.write_per_worker(job, size // 2)
+            standing.write_per_worker(job, asked, size // 2)
             logger.warning(
                 "out of memory with batch.per_worker=%d; the run goes on with %d and twice the accumulation, "
                 "which leaves the global batch as it is",
@@ -286,8 +283,9 @@ def _naming_memory(events: Iterator[Event], job: TrainJob, *, asked: int, first_
 class _Agreement:
     """One wish of all ranks. It goes by the CPU, so that no GPU is waited for."""
 
-    def __init__(self, num_workers: int) -> None:
-        self._group = dist.new_group(backend="gloo") if num_workers > 1 else None
+    def __init__(self, num_workers: int, step_timeout_s: float) -> None:
+        patience = timedelta(seconds=max(1800.0, 2 * step_timeout_s))
+        self._group = dist.new_group(backend="gloo", timeout=patience) if num_workers > 1 else None
 
     def __call__(self, wish: Wish) -> Wish:
         """What any rank wants; every rank must call it."""
@@ -307,8 +305,9 @@ class _Keeper:
         owes: an epoch was handed over, and not reported yet.
     """
 
-    def __init__(self, plan: Plan, state: TrainState, rank: int, steps_per_epoch: int, trackers: Trackers) -> None:
+    def __init__(self, plan: Plan, state: TrainState, rank: int, num_positions: int, trackers: Trackers) -> None:
         job = plan.job
+        self._num_positions = num_positions
         self._trackers = trackers
         self._told: dict[float, dict[str, float]] = {row["step"]: row for row in state.history}
         self.is_preempted = False
@@ -316,7 +315,8 @@ class _Keeper:
         self._job, self._state = job, state
         self._saver = _build_saver(plan) if rank == 0 else None
         self._skipped = _Skipped(plan, rank)
-        self._every_steps, self._every_s = job.checkpoint.every_steps(steps_per_epoch), job.checkpoint.every_s
+        self._every_steps = job.checkpoint.every_steps(num_steps(num_positions, job.batch.global_size))
+        self._every_s = job.checkpoint.every_s
         self._saved_step, self._saved_at = state.step, time.monotonic()
         self._looked_at = time.monotonic()
 
@@ -335,7 +335,8 @@ class _Keeper:
             wish |= Wish.FINISH
         by_steps = self._every_steps is not None and self._state.step - self._saved_step >= self._every_steps
         by_time = self._every_s is not None and now - self._saved_at >= self._every_s
-        if (by_steps or by_time or self.is_preempted) and not self._saver.is_busy:
+        is_last = self._state.ledger.position >= self._num_positions  # the epoch's end is saved in any case
+        if (((by_steps or by_time) and not is_last) or self.is_preempted) and not self._saver.is_busy:
             wish |= Wish.SAVE
         return wish
 
@@ -380,7 +381,7 @@ class _Keeper:
     def end(self, status: Status) -> None:
         """Waits for what is being saved."""
         if self._saver is not None:
-            self._saver.finish()
+            self._saver.finish(is_last=True)
         self._trackers.close(status)
 
 
@@ -411,12 +412,14 @@ class _Incidents:
 
     def note(self, event: NonFinite) -> None:
         """Raises InputError unless the job says that such steps are left out."""
+        self._in_a_row = self._in_a_row + 1 if event.step == self._last_step + 1 else 1
+        self._last_step = event.step
+        if not event.positions:
+            return  # another rank tells
         ids = read_ids(self._feed, event.epoch, event.positions)
         content = {"epoch": event.epoch, "step": event.step, "sample_ids": ids, "losses": list(map(str, event.losses))}
         uri = storage.join(self._job.run_uri, "nonfinite", f"{event.step:08d}-{self._rank}.json")
         storage.write_text(uri, json.dumps(content, indent=2))
-        self._in_a_row = self._in_a_row + 1 if event.step == self._last_step + 1 else 1
-        self._last_step = event.step
         what = f"step {event.step}: the gradient is not finite, with the samples {', '.join(ids)}; {uri} lists them"
         if self._job.on_nonfinite == "skip" and self._in_a_row < _MOST_LEFT_OUT:
             logger.warning("%s; the step is left out", what)
@@ -434,7 +437,9 @@ class _Skipped:
     def __init__(self, plan: Plan, rank: int) -> None:
         self._is_used = plan.train.source.is_skipping or plan.val.source.is_skipping
         self._run_uri = plan.job.run_uri if rank == 0 else None
-        self._seen = {"train": dict.fromkeys(plan.train.failures), "val": dict.fromkeys(plan.val.failures)}
+        known = read_failures(plan.job.run_uri) if self._is_used and rank == 0 else {}
+        indexed = {"train": plan.train.failures, "val": plan.val.failures}
+        self._seen = {split: dict.fromkeys([*known.get(split, []), *of_split]) for split, of_split in indexed.items()}
 
     def add(self, train: tuple[Failure, ...], val: list[Failure]) -> None:
         """Every rank must call it; the first one writes skipped.json."""

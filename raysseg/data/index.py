@@ -133,7 +133,11 @@ def write_failures(run_uri: str, failures: dict[str, list[Failure]]) -> None:
 def update_failures(run_uri: str, split: str, failures: list[Failure]) -> None:
     """Lists the skipped samples of one split in skipped.json, and leaves the others as they are."""
     if failures:
-        uri = storage.join(run_uri, "skipped.json")
-        known = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
-        others = {name: [Failure(**entry) for entry in entries] for name, entries in known.items()}
-        write_failures(run_uri, others | {split: failures})
+        write_failures(run_uri, read_failures(run_uri) | {split: failures})
+
+
+def read_failures(run_uri: str) -> dict[str, list[Failure]]:
+    """The skipped samples of a run by split; none where there is no list."""
+    uri = storage.join(run_uri, "skipped.json")
+    known = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+    return {split: [Failure(**entry) for entry in entries] for split, entries in known.items()}

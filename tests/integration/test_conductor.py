@@ -86,6 +86,16 @@ def test_wishes_reach_the_first_rank_and_a_checkpoint_is_asked_for_once() -> Non
 # --- failures -----------------------------------------------------------------------------------------------------
 
 
+class Remote:
+    """Stands for the conductor's handle, which is told that the group has come to its end."""
+
+    @property
+    def forget(self) -> Remote:
+        return self
+
+    def remote(self) -> None: ...
+
+
 def save(run: Path, step: int) -> None:
     folder = run / "checkpoints" / f"{step:08d}"
     folder.mkdir(parents=True)
@@ -102,16 +112,20 @@ def save(run: Path, step: int) -> None:
 )
 def test_mistakes_and_bugs_end_the_run(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught:
-        Judge(str(tmp_path), 3).after_exception(None, {1: RuntimeError("Connection closed by peer"), 0: error})
+        Judge(Remote(), str(tmp_path), 3).after_exception(
+            None, {1: RuntimeError("Connection closed by peer"), 0: error}
+        )
     assert caught.value is error
 
 
 def test_a_storage_that_is_away_for_a_while_does_not_end_it(tmp_path: Path) -> None:
-    Judge(str(tmp_path), 3).after_exception(None, {0: StorageError("s3://b", "fails", "Wait.", is_transient=True)})
+    Judge(Remote(), str(tmp_path), 3).after_exception(
+        None, {0: StorageError("s3://b", "fails", "Wait.", is_transient=True)}
+    )
 
 
 def test_failures_in_a_row_without_progress_end_the_run(tmp_path: Path) -> None:
-    judge = Judge(str(tmp_path), most=2)
+    judge = Judge(Remote(), str(tmp_path), most=2)
     lost = {0: RuntimeError("worker died")}
     for step in range(5):  # there is a new checkpoint each time
         save(tmp_path, step)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return drawn
 
 
+@pytest.fixture
+def start(nodes: Nodes, folder: Path) -> Iterator[Callable[[Path, float], Run]]:
+    """Starts runs, which end with the test."""
+    runs: list[Run] = []
+
+    def begin(job: Path, pause_s: float) -> Run:
+        runs.append(Run(job, folder / f"{job.stem}.log", nodes.address, pause_s))
+        runs[-1].start()
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.process.kill()
+        run.process.wait()
+
+
 def assert_used_once(run: Run) -> None:
     steps = lineage(run.lines())
     assert len(steps) == EPOCHS * -(-SAMPLES // 8)
@@ -45,10 +61,11 @@ def assert_used_once(run: Run) -> None:
     assert sum(curve[-8:]) < sum(curve[:8]), "and it learns"
 
 
-def test_a_killed_worker_a_stuck_one_and_a_driver_told_to_end(nodes: Nodes, folder: Path) -> None:
+def test_a_killed_worker_a_stuck_one_and_a_driver_told_to_end(
+    start: Callable[[Path, float], Run], folder: Path
+) -> None:
     job = write_job(folder, "workers", epochs=EPOCHS, workers=(1, 2), step_timeout_s=12)
-    run = Run(job, folder / "workers.log", nodes.address, 0.05)
-    run.start()
+    run = start(job, 0.05)
     run.wait_for_step(12)
     kill = run.kill_a_worker(random.Random(0))
     run.wait_for_step(run.wait_for_new_step(kill)["step"] + 5)
@@ -68,10 +85,11 @@ def test_a_killed_worker_a_stuck_one_and_a_driver_told_to_end(nodes: Nodes, fold
     assert "is stuck at step" in run.errors()
 
 
-def test_a_preempted_node_a_new_one_and_a_killed_driver(nodes: Nodes, folder: Path) -> None:
+def test_a_preempted_node_a_new_one_and_a_killed_driver(
+    nodes: Nodes, start: Callable[[Path, float], Run], folder: Path
+) -> None:
     job = write_job(folder, "nodes", epochs=EPOCHS, workers=(1, 2), every="1000 steps")
-    run = Run(job, folder / "nodes.log", nodes.address, 0.1)
-    run.start()
+    run = start(job, 0.1)
     run.wait_for_step(5, workers=2)
     nodes.announce_removal(deadline_s=30)
     run.wait_for_error("nodes are going away")

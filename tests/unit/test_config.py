@@ -247,6 +247,15 @@ def test_an_interval_goes_by_steps_or_by_time(
     assert (job.checkpoint.every_steps(steps_per_epoch=7), job.checkpoint.every_s) == (steps, seconds)
 
 
+def test_a_loss_is_better_the_smaller_it_is(tmp_path: Path) -> None:
+    job = config.load(written(tmp_path, TRAIN), ["checkpoint.metric=train/loss"])
+    assert isinstance(job, config.TrainJob)
+    assert job.checkpoint.mode == "min"
+    asked = config.load(written(tmp_path, TRAIN), ["checkpoint={metric: train/loss, mode: max}"])
+    assert isinstance(asked, config.TrainJob)
+    assert asked.checkpoint.mode == "max"
+
+
 @pytest.mark.parametrize("every", ["10 min", "0 steps", "steps", "1.5 hours", "500"])
 def test_what_is_no_interval_is_told_what_is(tmp_path: Path, every: str) -> None:
     with pytest.raises(JobError, match=r"checkpoint\.every: received .*such as `500 steps`, `10 minutes` or `1 epoch`"):
