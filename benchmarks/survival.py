@@ -187,7 +187,7 @@ class Run:
     def errors(self) -> str:
         return self.log.with_suffix(".err").read_text()
 
-    def finish(self, timeout_s: float = 300.0) -> dict[str, Any]:
+    def finish(self, timeout_s: float = 600.0) -> dict[str, Any]:
         """Waits for the end; the run's result."""
         output, _ = self.process.communicate(timeout=timeout_s)
         if self.process.returncode:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 import ray
 import ray.train
 from ray.actor import ActorHandle
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller.state import ResizingState, TrainControllerState
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 
@@ -70,6 +72,10 @@ class Conductor:
     def leave(self, rank: int) -> None:
         """A rank is through."""
         self._signs.pop(rank, None)
+
+    def is_alone(self) -> bool:
+        """Whether no rank is at work."""
+        return not self._signs
 
     def forget(self) -> None:
         """The group has come to its end."""
@@ -162,6 +168,7 @@ class Judge(ray.train.UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Raises what ends the run; Ray asks once a poll."""
+        self._conductor.forget.remote()
         if any(_is_preempted_actor(error) for error in worker_exceptions.values()):
             return
         for error in worker_exceptions.values():
@@ -170,7 +177,6 @@ class Judge(ray.train.UserCallback):  # type: ignore[misc]
                 raise mistake
             if mistake is None and isinstance(error, _BUGS):
                 raise error
-        self._conductor.forget.remote()
         found = _checkpoints(self._run_uri)
         self._in_a_row = 1 if found - self._known else self._in_a_row + 1
         self._known |= found
@@ -187,12 +193,20 @@ class Judge(ray.train.UserCallback):  # type: ignore[misc]
         )
 
 
-class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]
-    """Has a checkpoint written before Ray Train ends the workers of a group that it makes larger or smaller."""
+class Steward(ControllerCallback):  # type: ignore[misc]
+    """Has a checkpoint written before Ray Train ends a group of workers to make it larger or smaller.
+
+    It also notes what Ray has reserved for the run. Where the driver is killed, Ray would hold that for three minutes,
+    and the next start would wait for it.
+    """
 
     def __init__(self, conductor: ActorHandle, run_uri: str) -> None:
         self._conductor = conductor
         self._run_uri = run_uri
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Notes under which name Ray reserves the run's resources."""
+        storage.write_text(_reservation_uri(self._run_uri), f"train-{train_run_context.run_id}")
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
@@ -204,8 +218,21 @@ class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]
         ray.get(self._conductor.ask.remote(Wish.SAVE))
         deadline = time.monotonic() + _RESIZE_S
         while not _checkpoints(self._run_uri) - before and time.monotonic() < deadline:
+            if ray.get(self._conductor.is_alone.remote()):
+                break  # training has come to its end meanwhile
             time.sleep(0.5)
         ray.get(self._conductor.forget.remote())
+
+
+def release_former(run_uri: str) -> None:
+    """Gives back what Ray has reserved for a driver of this run that was killed."""
+    uri = _reservation_uri(run_uri)
+    if storage.exists(uri):
+        get_or_create_autoscaling_coordinator().cancel_request.remote(storage.read_text(uri))
+
+
+def _reservation_uri(run_uri: str) -> str:
+    return storage.join(run_uri, "ray", "reservation.txt")
 
 
 def _checkpoints(run_uri: str) -> set[str]:

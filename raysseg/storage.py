@@ -371,12 +371,13 @@ def publish_folder(local: Path, uri: str, manifest_name: str, manifest: Mapping[
     assert "files" not in manifest
     names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
     names = [name for name in names if name != manifest_name]
-    if exists(uri) and not {entry.path for entry in list_files(uri)}.isdisjoint(names):
-        _delete_file(join(uri, manifest_name))
+    manifest_uri = join(uri, manifest_name)
+    if exists(manifest_uri) and not {entry.path for entry in list_files(uri)}.isdisjoint(names):
+        _delete_file(manifest_uri)
     with ThreadPoolExecutor(_THREADS) as pool:
         copies = list(pool.map(lambda name: _copy(str(local / name), join(uri, name)), names))
     files = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in zip(names, copies, strict=True)}
-    write_text(join(uri, manifest_name), _to_json({**manifest, "files": files}))
+    write_text(manifest_uri, _to_json({**manifest, "files": files}))
 
 
 def read_manifest(uri: str, manifest_name: str) -> dict[str, object]:

@@ -26,7 +26,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysseg import storage
-from raysseg.conductor import Conductor, Judge, Line, SaveBeforeResize
+from raysseg.conductor import Conductor, Judge, Line, Steward, release_former
 from raysseg.config import Scaling, TrainJob
 from raysseg.data import stream
 from raysseg.link import Signals, Wish, signals_noted
@@ -78,12 +78,13 @@ def train_on_ray(plan: Plan) -> int | None:
             failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=_START_ATTEMPTS[kind]),
             callbacks=[
                 Judge(conductor, plan.job.run_uri, scaling.max_failures),
-                SaveBeforeResize(conductor, plan.job.run_uri),
+                Steward(conductor, plan.job.run_uri),
             ],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # its files hold the rest
         ),
         validation_config=_validation_config(plan_ref, beside) if beside is not None else None,
     )
+    release_former(plan.job.run_uri)
     with signals_noted() as signals:  # not before: starting Ray takes SIGTERM for itself
         try:
             _look_after(trainer.fit, conductor, signals, scaling.step_timeout_s)
