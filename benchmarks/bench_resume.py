@@ -37,6 +37,7 @@ import pyarrow.dataset  # noqa: F401  (with pandas, which pyarrow takes when it 
 import torch.utils.data  # noqa: F401  (likewise)
 import transformers.tokenization_utils_base  # noqa: F401  (likewise, for Streaming)
 
+from benchmarks.input_sides import source_of
 from benchmarks.results import Row, compare, device_name, write_result
 from raysseg import config
 from raysseg.data import read_class_map, read_index
@@ -69,10 +70,7 @@ class Setting:
     position: int
 
     def job(self, source: str) -> config.TrainJob:
-        data = {
-            "shards": {"format": "shards", "uri": f"{self.root}/shards"},
-            "folders": {"format": "masks", "images": f"{self.root}/images", "masks": f"{self.root}/masks"},
-        }[source]
+        data = source_of(self.root, source)
         raw = {
             "kind": "train",
             "name": "resume",

@@ -35,6 +35,13 @@ NUM_WORKERS = 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def source_of(root: str, form: str) -> dict[str, str]:
+    """The section of a job that reads the data set in `root` from its "shards" or from its "folders"."""
+    if form == "shards":
+        return {"format": "shards", "uri": f"{root}/shards"}
+    return {"format": "masks", "images": f"{root}/images", "masks": f"{root}/masks"}
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is read: the same for all sides.
@@ -56,10 +63,7 @@ class Setting:
     seconds: float
 
     def job(self, source: str) -> config.TrainJob:
-        data = {
-            "shards": {"format": "shards", "uri": f"{self.root}/shards"},
-            "folders": {"format": "masks", "images": f"{self.root}/images", "masks": f"{self.root}/masks"},
-        }[source]
+        data = source_of(self.root, source)
         augment = {"scale": self.scale, "max_class_share": 1} | dict.fromkeys(
             ("brightness", "contrast", "saturation", "hue"), 0
         )

@@ -30,7 +30,6 @@ JOB = {
     "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "backbone_lr_factor": 1.0},
     "batch": {"global_size": GLOBAL_SIZE, "per_worker": 4},
     "validation": {"where": "inline"},
-    "checkpoint": {"every": "9 steps"},
 }
 Line = dict[str, Any]
 

@@ -32,7 +32,7 @@ def main(log: str, job_path: str, *overrides: str) -> int:
     return cli.main(["train", job_path, *overrides, "--json"])
 
 
-def run_rank(settings: dict[str, Any], *, log: str, pause_s: float) -> bool:
+def run_rank(settings: dict[str, Any], *, log: str, pause_s: float) -> None:
     """Ray Train's function for a worker, with a log of its own."""
     note = partial(_note, Path(log))
     note("enter")
@@ -74,7 +74,7 @@ def run_rank(settings: dict[str, Any], *, log: str, pause_s: float) -> bool:
 
     worker.build_model, worker.iter_batches, worker.fit = build_frozen, iterate_noting, fit_noting
     register_optimizer_step_post_hook(lambda *_: note("used", ids=delivered.popleft()))
-    return trainer._run_rank(settings)
+    trainer._run_rank(settings)
 
 
 def colour_of(sample: int) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import tempfile
 from dataclasses import asdict, dataclass
@@ -134,7 +135,7 @@ def restore_newest(run_uri: str, state: TrainState) -> str | None:
             folder = _fetch(uri_of(run_uri, step), Path(scratch))
             if _is_everywhere(folder is not None):
                 assert folder is not None
-                _load(folder, uri_of(run_uri, step), state)
+                _load(folder, state)
                 return uri_of(run_uri, step)
     return None
 
@@ -158,8 +159,8 @@ def _is_everywhere(is_here: bool) -> bool:
     return all(seen)
 
 
-def _load(folder: Path, uri: str, state: TrainState) -> None:
-    manifest: dict[str, Any] = storage.read_manifest(uri, MANIFEST)
+def _load(folder: Path, state: TrainState) -> None:
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     device = next(state.model.parameters()).device
     state.load_state_dict(torch.load(folder / manifest["state"], map_location=device, weights_only=True))
     state.step = int(manifest["step"])

@@ -164,7 +164,7 @@ class Judge(ray.train.UserCallback):  # type: ignore[misc]
         self._run_uri = run_uri
         self._most = most
         self._in_a_row = 0
-        self._known: set[str] = set()
+        self._known: set[int] = set()
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Raises what ends the run; Ray asks once a poll."""
@@ -235,13 +235,13 @@ def _reservation_uri(run_uri: str) -> str:
     return storage.join(run_uri, "ray", "reservation.txt")
 
 
-def _checkpoints(run_uri: str) -> set[str]:
-    """The names of all that were written to their end; none while the storage is away."""
-    uri = storage.join(run_uri, "checkpoints")
+def _checkpoints(run_uri: str) -> set[int]:
+    """The steps of all that were written to their end; none while the storage is away."""
+    from raysseg import checkpoint  # imports torch, and is asked where something went wrong alone
+
     try:
-        found = storage.list_files(uri) if storage.exists(uri) else []
+        return set(checkpoint.steps(run_uri))
     except storage.StorageError as error:
         if not error.is_transient:
             raise
         return set()
-    return {entry.path for entry in found if entry.path.endswith(".json")}

@@ -463,6 +463,16 @@ class Scaling(Section):
     """Failures in a row, without a new checkpoint in between, that a run outlives; preemptions don't count."""
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change in the run."""
+        return self.min_workers < self.max_workers
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """For which workers wait for each other: those that are stuck are found before."""
+        return max(1800.0, 2 * self.step_timeout_s)
+
+    @property
     def max_workers(self) -> int:
         """At most."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]

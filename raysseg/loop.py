@@ -180,6 +180,11 @@ class TrainState:
             self.ema.load_state_dict(state["ema"])
 
 
+def scored_model(state: TrainState, ema: config.Ema | None) -> SegModel:
+    """What validation scores and bundles hold: the average where the job wants that, else the model."""
+    return state.ema if ema is not None and ema.is_used and state.ema is not None else state.model
+
+
 # --- building -----------------------------------------------------------------------------------------------------
 
 

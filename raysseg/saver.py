@@ -14,7 +14,7 @@ from raysseg import checkpoint, standing
 from raysseg.bundle import Bundle
 from raysseg.checkpoint import Snapshot
 from raysseg.config import TrainJob
-from raysseg.loop import TrainState
+from raysseg.loop import TrainState, scored_model
 from raysseg.models import SegModel
 from raysseg.storage import StorageError
 
@@ -61,15 +61,11 @@ class Saver:
         """Begins to save a state; waits for the save before, and for nothing else."""
         self.finish()
         snapshot = checkpoint.take(state, into=self._spare)
-        model = copy.deepcopy(self._scored(state)).cpu() if is_epoch else None
+        model = copy.deepcopy(scored_model(state, self._job.ema)).cpu() if is_epoch else None
         self._pending, self._is_epoch = Future(), is_epoch
         # not one of a pool, which the interpreter would wait for at its end
         thread = threading.Thread(target=self._run, args=(self._pending, snapshot, model), daemon=True)
         thread.start()
-
-    def _scored(self, state: TrainState) -> SegModel:
-        is_average = self._job.ema is not None and self._job.ema.is_used
-        return state.ema if is_average and state.ema is not None else state.model
 
     def _run(self, pending: Future[Snapshot], snapshot: Snapshot, model: SegModel | None) -> None:
         try:

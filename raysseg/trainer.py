@@ -59,12 +59,12 @@ def train_on_ray(plan: Plan) -> int | None:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     conductor = ray.remote(Conductor).options(num_cpus=0, scheduling_strategy=here).remote()
     filesystem, path = storage.filesystem(storage.join(plan.job.run_uri, "ray"))
-    kind = "fixed" if scaling.min_workers == scaling.max_workers else "elastic"
+    kind = "elastic" if scaling.is_elastic else "fixed"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = _START_TIMEOUT_S[kind]
     trainer = ray.train.torch.TorchTrainer(
         _run_rank,
         train_loop_config={"plan": plan_ref, "conductor": conductor, "reserves": _leaves_cpus(scaling, gpus)},
-        torch_config=ray.train.torch.TorchConfig(timeout_s=int(max(1800, 2 * scaling.step_timeout_s))),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers,
             use_gpu=gpus > 0,
@@ -128,7 +128,7 @@ def _look_after(
 
 def _leaves_cpus(scaling: Scaling, gpus: float) -> bool:
     """Whether data tasks find CPUs that no worker holds; those that only CPUs limit may come to hold them all."""
-    return gpus > 0 or scaling.min_workers == scaling.max_workers
+    return gpus > 0 or not scaling.is_elastic
 
 
 def _check_room(scaling: Scaling, gpus: float) -> None:

@@ -32,6 +32,7 @@ from raysseg.loop import (
     build_state,
     fit,
     resolve_precision,
+    scored_model,
     synchronise_batch_norm,
     wrap,
 )
@@ -110,8 +111,8 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device, link
         job, plan.train, plan.classes, state.ledger, rank=rank, num_workers=num_workers, factors=plan.factors
     )
     model = wrap(state.model, is_compiled=job.compile, channels_last=job.channels_last)
-    scored = state.ema if state.ema is not None and job.ema is not None and job.ema.is_used else state.model
-    agree = _Agreement(num_workers, job.scaling.step_timeout_s)
+    scored = scored_model(state, job.ema)
+    agree = _Agreement(num_workers, job.scaling.collective_timeout_s)
     if agree(Wish.FINISH if standing.has_stalled(job, state.history) else Wish.NOTHING):
         return
     steps = _marked(iter_batches(feed, open_stream(feed)), state, link)
@@ -283,9 +284,9 @@ def _naming_memory(events: Iterator[Event], job: TrainJob, *, asked: int, first_
 class _Agreement:
     """One wish of all ranks. It goes by the CPU, so that no GPU is waited for."""
 
-    def __init__(self, num_workers: int, step_timeout_s: float) -> None:
-        patience = timedelta(seconds=max(1800.0, 2 * step_timeout_s))
-        self._group = dist.new_group(backend="gloo", timeout=patience) if num_workers > 1 else None
+    def __init__(self, num_workers: int, timeout_s: float) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if num_workers > 1 else None
 
     def __call__(self, wish: Wish) -> Wish:
         """What any rank wants; every rank must call it."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 
 from jobs.s3_server import s3_server as running_s3_server
 from raysseg import config, runtime, storage
+from raysseg.data import read_class_map, read_index
 from raysseg.data.example import draw_example
+from raysseg.worker import Plan
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +49,13 @@ def ray_cluster(s3_server: str) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """pytest's own, which hears the package's log although the command line keeps that to itself."""
+    monkeypatch.setattr(logging.getLogger("raysseg"), "propagate", True)
+    return caplog
+
+
 @pytest.fixture(scope="session")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small example data set: 22 training scenes, 21 for validation."""
@@ -66,3 +77,14 @@ def example_job(data: str, runs: str, *overrides: str) -> config.TrainJob:
     job = config.load("jobs/example-segformer-semantic.yaml", [*base, *overrides])
     assert isinstance(job, config.TrainJob)
     return job
+
+
+def plan_of(job: config.TrainJob) -> Plan:
+    """What a worker of this job is told."""
+    assert isinstance(job.classes, str)
+    return Plan(job, read_class_map(job.classes), read_index(job.data.train), read_index(job.data.val), None, {})
+
+
+def rows(run: str) -> list[dict[str, float]]:
+    """The lines of its metrics.jsonl."""
+    return [json.loads(line) for line in storage.read_text(f"{run}/metrics.jsonl").splitlines()]

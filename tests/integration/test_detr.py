@@ -91,7 +91,6 @@ def test_same_classes_keep_the_head(saved: Path) -> None:
 
 def test_other_classes_get_a_new_head_and_it_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     others = ClassMap((0, 1), ("sky", "tree"), ((1, 1, 1), (2, 2, 2)), (False, True))
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         again = built(Model(name="detr-tiny", weights=str(saved)), others, seed=2).state_dict()
     assert "new in this model: detr.class_labels_classifier.bias, detr.class_labels_classifier.weight" in caplog.text
@@ -159,7 +158,6 @@ def test_weights_of_the_hubs_panoptic_models_load(tmp_path: Path) -> None:
 
 def test_weights_of_the_hubs_detectors_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = as_on_the_hub(tmp_path, built(), "DetrForObjectDetection")
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         model = built(Model(name="detr-tiny", weights=str(folder)), seed=2)
     state = model.state_dict()

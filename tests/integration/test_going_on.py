@@ -25,8 +25,8 @@ from raysseg.models import Outputs, SegModel, build_model
 from raysseg.schema import InputError
 from raysseg.storage import StorageError
 from raysseg.train import train
-from raysseg.worker import Plan, train_epochs
-from tests.conftest import example_job
+from raysseg.worker import train_epochs
+from tests.conftest import example_job, plan_of, rows
 
 HERE = ("scaling.workers=0", "schedule.epochs=2", "ema.decay=0.9")
 CPU = torch.device("cpu")
@@ -50,15 +50,6 @@ class AskAt:
 
     def is_preempted(self) -> bool:
         return False
-
-
-def plan_of(job: config.TrainJob) -> Plan:
-    assert isinstance(job.classes, str)
-    return Plan(job, read_class_map(job.classes), read_index(job.data.train), read_index(job.data.val), None, {})
-
-
-def rows(run: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in storage.read_text(f"{run}/metrics.jsonl").splitlines()]
 
 
 def newest_state(run_uri: str) -> tuple[dict[str, object], dict[str, object]]:
@@ -250,7 +241,6 @@ def test_such_a_step_can_be_left_out(
 ) -> None:
     broken_model.add(6)
     job = example_job(str(example), str(tmp_path), *HERE, "on_nonfinite=skip")
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.WARNING, logger="raysseg"):
         result = train(job)
     assert "the step is left out" in caplog.text
@@ -289,7 +279,6 @@ def test_memory_that_does_not_suffice_halves_the_passes_once(
 
     monkeypatch.setattr(worker, "build_model", build_small)
     job = example_job(str(example), str(tmp_path), *HERE, "batch={global_size: 8, per_worker: 4}")
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.WARNING, logger="raysseg"):
         result = train(job)
     assert "out of memory with batch.per_worker=4; the run goes on with 2" in caplog.text
@@ -314,17 +303,13 @@ def test_a_checkpoint_that_fails_is_left_out_and_an_epoch_that_fails_ends_the_ru
     job = example_job(str(example), str(tmp_path), *HERE, "checkpoint.every=1 steps")
     monkeypatch.setattr("raysseg.saver._PAUSES_S", (0.0,))
     write, fails = checkpoint.write, [1, 2]
-    attempts = 0
 
     def write_badly(run_uri: str, snapshot: checkpoint.Snapshot) -> str:
-        nonlocal attempts
-        attempts += 1
         if snapshot.step in fails:
             raise StorageError(run_uri, "the storage is away", "Wait.", is_transient=True)
         return write(run_uri, snapshot)
 
     monkeypatch.setattr(checkpoint, "write", write_badly)
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.WARNING, logger="raysseg"):
         list(train_epochs(plan_of(job), iter_chunks, CPU, Alone(Signals())))
     assert "a checkpoint was left out; training goes on" in caplog.text

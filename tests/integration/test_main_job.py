@@ -26,8 +26,8 @@ from raysseg.predictor import Predictor
 from raysseg.saver import Saved
 from raysseg.schema import InputError
 from raysseg.train import TrainResult, train
-from raysseg.worker import Plan, train_epochs
-from tests.conftest import example_job
+from raysseg.worker import train_epochs
+from tests.conftest import example_job, plan_of, rows
 
 
 def put(folder: Path, uri: str) -> str:
@@ -35,10 +35,6 @@ def put(folder: Path, uri: str) -> str:
         if path.is_file():
             storage.write_bytes(f"{uri}/{path.relative_to(folder)}", path.read_bytes())
     return uri
-
-
-def rows(run: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in storage.read_text(f"{run}/metrics.jsonl").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -109,18 +105,12 @@ def test_broken_off_run_ends_as_an_unbroken_one(
     epochs = train_epochs(plan_of(job), iter_chunks, torch.device("cpu"), Alone(Signals()))
     next(epochs)
     epochs.close()
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         resumed = train(job)
     assert "resumed from" in caplog.text
     assert "epoch 2, position 0" in caplog.text
     assert [r["train/loss"] for r in rows(resumed.run)] == [r["train/loss"] for r in rows(trained.run)]
     assert resumed.metrics == trained.metrics
-
-
-def plan_of(job: TrainJob) -> Plan:
-    assert isinstance(job.classes, str)
-    return Plan(job, read_class_map(job.classes), read_index(job.data.train), read_index(job.data.val), None, {})
 
 
 def test_damaged_checkpoint_is_passed_over(example: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,7 +122,6 @@ def test_damaged_checkpoint_is_passed_over(example: Path, tmp_path: Path, caplog
     epochs.close()
     state = next(Path(newest).glob("state*.pt"))
     state.write_bytes(state.read_bytes()[:-1] + b"!")
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         train(job)
     assert "checkpoint passed over" in caplog.text

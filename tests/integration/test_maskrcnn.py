@@ -181,7 +181,6 @@ def test_weights_from_a_folder_and_s3(tmp_path: Path, s3_bucket: str, caplog: py
         again = make(weights).state_dict()
         assert all(torch.equal(again[name], value) for name, value in first.state_dict().items() if name in again)
     assert any(isinstance(module, FrozenBatchNorm2d) for module in make(str(tmp_path)).modules())
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         other = make(str(tmp_path), make_classes(200))
     assert "new in this model: roi_heads.box_predictor., roi_heads.mask_predictor." in caplog.text

@@ -56,7 +56,6 @@ def test_same_classes_keep_the_head(saved: Path) -> None:
 def test_other_classes_get_a_new_head_and_it_is_said(
     saved: Path, classes: ClassMap, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         model = weights_of(build_model(Model(name="segformer-tiny", weights=str(saved)), classes))
     assert "new in this model: decode_head.classifier.bias, decode_head.classifier.weight" in caplog.text

@@ -184,7 +184,6 @@ def test_same_classes_keep_the_heads(saved: Path) -> None:
 def test_other_classes_get_new_heads_and_it_is_said(
     saved: Path, caplog: pytest.LogCaptureFixture, classes: ClassMap
 ) -> None:
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         again = built(Model(name="rfdetr-tiny", weights=str(saved)), classes, seed=2).state_dict()
     assert "model.class_embed.weight" in caplog.text

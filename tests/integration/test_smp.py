@@ -103,7 +103,6 @@ def test_weights_from_a_folder_and_s3(tmp_path: Path, s3_bucket: str, caplog: py
     for weights in (str(tmp_path), f"{s3_bucket}/weights"):
         again = make(weights=weights)
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         other = build_model(Model(name="unet-tiny", weights=str(tmp_path)), OTHERS)
     assert "new in this model: segmentation_head." in caplog.text

@@ -273,7 +273,6 @@ def test_a_run_whose_storage_goes_away_stops_and_goes_on(
     through(None)
     run = job.run_uri
     assert assert_whole(run, tmp_path)[0] == [3]
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         result = train(job)
     assert f"resumed from {run}/checkpoints/00000003" in caplog.text
@@ -283,11 +282,16 @@ def test_a_run_whose_storage_goes_away_stops_and_goes_on(
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(
-    proxy: FaultyProxy, through: Callable[[Plan | None], None], s3_bucket: str, example: Path
+    proxy: FaultyProxy,
+    through: Callable[[Plan | None], None],
+    s3_bucket: str,
+    example: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The run stops rather than train again what is trained; on a healthy storage it goes on from the newest."""
     job = run_job(example, s3_bucket)
-    through(Plan(("reset",), where=rf"/bundles/{SECOND}/", is_lasting=True))
+    monkeypatch.setattr("raysseg.saver._PAUSES_S", (0.1,))
+    through(Plan(("reset",), where=r"PUT .*/metrics\.jsonl", at={1}, is_lasting=True))  # after the second checkpoint
     with pytest.raises(StorageError):
         train(job)
     through(None)

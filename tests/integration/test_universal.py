@@ -157,7 +157,6 @@ def test_weights_of_other_classes_get_a_new_head_and_it_is_said(
     name, folder, model = saved
     number = len(names)
     others = ClassMap(tuple(range(number)), names, ((1, 1, 1),) * number, (True,) * number)
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         found = read(name, folder, others)
     assert "class_predictor.bias, class_predictor.weight" in caplog.text.split("new in this model:")[1]
@@ -211,7 +210,6 @@ def test_a_backbone_alone_may_have_weights(tmp_path: Path, caplog: pytest.LogCap
     torch.manual_seed(3)
     classifier = SwinForImageClassification(CONFIGS["mask2former-tiny"]().backbone_config)
     classifier.save_pretrained(tmp_path)
-    logging.getLogger("raysseg").propagate = True
     with caplog.at_level(logging.INFO, logger="raysseg"):
         model = read("mask2former-tiny", tmp_path)
     assert "not used: classifier.bias, classifier.weight" in caplog.text

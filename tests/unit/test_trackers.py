@@ -26,7 +26,6 @@ TENSORBOARD = "trackers.tensorboard=true"
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """What is logged; the environment of trackers is empty, and what a test sets in it is forgotten."""
-    monkeypatch.setattr(logging.getLogger("raysseg"), "propagate", True)
     for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", *trackers.MLFLOW_ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
     caplog.set_level(logging.INFO, "raysseg")
