@@ -107,7 +107,8 @@ def main() -> None:
     total = {key: sum(row[key] for row in rows) for key in ("missing", "twice", "steps", "starts")}
     total |= {key: median(row[key] for row in rows) for key in rows[0] if "s" in key.split(", ")}
     total |= {"seed": "all: sums and medians", "losses apart": max(row["losses apart"] for row in rows)}
-    write_result("survival", device_name(), [*rows, {key: total.get(key, "") for key in rows[0]}], vars(options))
+    rows.append({key: total.get(key, "") for key in rows[0]})
+    write_result("survival", device_name(), rows, {"runs": options.runs})
 
 
 if __name__ == "__main__":

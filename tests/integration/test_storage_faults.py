@@ -272,7 +272,7 @@ def test_a_run_whose_storage_goes_away_stops_and_goes_on(
     assert time.monotonic() - start < 60
     through(None)
     run = job.run_uri
-    assert assert_whole(run, tmp_path)[0] == [3]
+    assert assert_whole(run, tmp_path) == ([3], 2)
     with caplog.at_level(logging.INFO, logger="raysseg"):
         result = train(job)
     assert f"resumed from {run}/checkpoints/00000003" in caplog.text
