@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -16,18 +15,19 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raysseg import storage
 from raysseg.catalogue import HEADLINES, METRICS, MODELS
 from raysseg.schema import InputError, Task
+from raysseg.section import Interval, Section, not_ordered, seconds_of
+from raysseg.space import LATENCY, Dimension, Objective, Search, usual_mode
 
 
 class JobError(InputError):
@@ -61,40 +61,6 @@ if TYPE_CHECKING:
 else:
     ModelName = Literal[tuple(MODELS)]
     MetricName = Literal[tuple(dict.fromkeys(name for names in METRICS.values() for name in names))]
-
-
-class Section(BaseModel):
-    """Part of a job: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            allowed = list(cls.model_fields)
-            unknown = [str(key) for key in value if key not in allowed]
-            if unknown:
-                errors = [InitErrorDetails(type=_unknown_key(key, allowed), input=None) for key in unknown]
-                raise ValidationError.from_exception_data(cls.__name__, errors)
-        return value
-
-
-def _unknown_key(key: str, allowed: Sequence[str]) -> PydanticCustomError:
-    near = [name for name in allowed if _initials(key) == name or _initials(name) == key]
-    near = near or difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
-    message = "there is no such key; allowed: {allowed}" + ("; did you mean `{near}`?" if near else "")
-    context = {"key": key, "allowed": ", ".join(allowed), "near": (near or [""])[0]}
-    return PydanticCustomError("unknown_key", message, context)
-
-
-def _not_ordered(key: str, first: float, second: float) -> PydanticCustomError:
-    message = "received [{first}, {second}]; allowed: [smallest, largest]"
-    return PydanticCustomError("not_ordered", message, {"key": key, "first": first, "second": second})
-
-
-def _initials(key: str) -> str:
-    return "".join(word[:1] for word in key.split("_"))
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -241,7 +207,7 @@ class Augment(Section):
     @model_validator(mode="after")
     def _is_ordered(self) -> Self:
         if self.scale[0] > self.scale[1]:
-            raise _not_ordered("scale", *self.scale)
+            raise not_ordered("scale", *self.scale)
         return self
 
 
@@ -490,20 +456,8 @@ class Scaling(Section):
     @model_validator(mode="after")
     def _is_ordered(self) -> Self:
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
-            raise _not_ordered("workers", *self.workers)
+            raise not_ordered("workers", *self.workers)
         return self
-
-
-def _is_interval(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d* (step|epoch|second|minute|hour)s?", text):
-        raise ValueError("allowed: a number and its unit, such as `500 steps`, `10 minutes` or `1 epoch`")
-    return text
-
-
-Interval = Annotated[str, AfterValidator(_is_interval)]
-"""Such as `500 steps`, `10 minutes` or `1 epoch`."""
-
-_SECONDS = {"second": 1, "minute": 60, "hour": 3600}
 
 
 class Checkpoint(Section):
@@ -520,19 +474,13 @@ class Checkpoint(Section):
 
     def every_steps(self, steps_per_epoch: int) -> int | None:
         """Optimiser steps between two checkpoints; None where they go by time."""
-        amount, unit = self._amount
-        return {"step": amount, "epoch": amount * steps_per_epoch}.get(unit)
+        amount, _, unit = self.every.partition(" ")
+        return {"step": int(amount), "epoch": int(amount) * steps_per_epoch}.get(unit.removesuffix("s"))
 
     @property
     def every_s(self) -> float | None:
         """Seconds between two checkpoints; None where they go by steps."""
-        amount, unit = self._amount
-        return amount * _SECONDS[unit] if unit in _SECONDS else None
-
-    @property
-    def _amount(self) -> tuple[int, str]:
-        amount, _, unit = self.every.partition(" ")
-        return int(amount), unit.removesuffix("s")
+        return seconds_of(self.every)
 
 
 class Validation(Section):
@@ -902,9 +850,117 @@ class ExportJob(BaseJob):
         return self.output if self.output.endswith(".onnx") else storage.join(self.output, "model.onnx")
 
 
-Job = TrainJob | EvaluateJob | ShardJob | InspectJob | ExportJob
+# --- search -------------------------------------------------------------------------------------------------------
+
+
+def _check_train(raw: dict[str, Any]) -> dict[str, Any]:
+    TrainJob.model_validate({"kind": "train", "name": "trial", "storage": "trials", **raw})
+    return raw
+
+
+class TuneJob(BaseJob):
+    """A search over a train job's settings."""
+
+    kind: Literal["tune"]
+    train: Annotated[dict[str, Any], AfterValidator(_check_train)]
+    """A train job's file, which lies beside this one, or its keys."""
+    search: Search
+    storage: Uri = Field(default="", validate_default=False)
+    """The search is the folder <storage>/<name>; default: the train job's storage."""
+
+    @property
+    def run_uri(self) -> str:
+        """The search's folder."""
+        return storage.join(self.storage, self.name)
+
+    @property
+    def epochs(self) -> int:
+        """Of a trial."""
+        return self.search.epochs or self.train_job({}).schedule.epochs
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What is searched for; the first one names the winner."""
+        if self.search.objectives is not None:
+            return self.search.objectives
+        own = self.train_job({}).checkpoint
+        metric = self.search.metric or own.metric
+        default = own.mode if metric == own.metric else usual_mode(metric)
+        return (Objective(metric=metric, mode=self.search.mode or default),)
+
+    def train_job(self, overrides: Mapping[str, Any]) -> TrainJob:
+        """The train job, with values by dotted path.
+
+        Raises:
+            JobError: they don't fit.
+        """
+        return parse_as(TrainJob, self._train_keys(overrides), "train")
+
+    def trial_job(self, number: int, overrides: Mapping[str, Any]) -> TrainJob:
+        """The job of a trial: the run <run>/trials/<number>.
+
+        Raises:
+            JobError: the values don't fit.
+        """
+        first = self.objectives[0]
+        fixed: dict[str, Any] = {
+            "name": f"{number:04d}",
+            "storage": storage.join(self.run_uri, "trials"),
+            "schedule.epochs": self.epochs,
+        }
+        if first.metric != LATENCY:
+            fixed |= {"checkpoint.metric": first.metric, "checkpoint.mode": first.mode}
+        return parse_as(TrainJob, self._train_keys({**overrides, **fixed}), f"trial {number}")
+
+    def winner_keys(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of a job that trains a trial's settings for as long as the train job says."""
+        return self._train_keys({"name": f"{self.name}-best", "storage": self.storage, **overrides})
+
+    def _train_keys(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        raw = {"kind": "train", "name": self.name, "storage": self.storage, **self.train}
+        for path, value in overrides.items():
+            raw = _laid_over(raw, path, value)
+        return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_storage(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("train"), Mapping) and "storage" in value["train"]:
+            return {"storage": value["train"]["storage"], **value}
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if not self.storage:
+            raise PydanticCustomError("missing", "missing; neither here nor in `train`", {"key": "storage"})
+        for path, dimension in self.search.space.items():
+            for value in dimension.extremes:
+                try:
+                    self.train_job({**_enabling(dimension), path: value})
+                except JobError as error:
+                    message = "holds a value that the train job refuses: {reason}"
+                    context = {"key": f"search.space.{path}", "reason": str(error).removeprefix("train: ")}
+                    raise PydanticCustomError("space", message, context) from error
+        return self
+
+
+def _enabling(dimension: Dimension) -> dict[str, Any]:
+    """Values under which a dimension counts."""
+    return {path: values[0] for path, values in dimension.conditions.items()}
+
+
+def _laid_over(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A mapping with the value at a dotted path replaced, all else as it is."""
+    key, _, rest = path.partition(".")
+    inner = raw.get(key)
+    below = inner if isinstance(inner, Mapping) else {}
+    return {**raw, key: _laid_over(below, rest, value) if rest else value}
+
+
+Job = TrainJob | EvaluateJob | ShardJob | InspectJob | ExportJob | TuneJob
 JOBS: dict[str, type[Job]] = {
     "train": TrainJob,
+    "tune": TuneJob,
     "evaluate": EvaluateJob,
     "shard": ShardJob,
     "inspect": InspectJob,
@@ -959,7 +1015,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobError: with every mistake found, each with its dotted key, the value, what is allowed and the mend.
     """
-    text = storage.read_text(str(path))
+    raw = _read_yaml(str(path))
+    if raw.get("kind") == "tune" and isinstance(raw.get("train"), str):
+        raw["train"] = _read_yaml(_beside(str(path), _expanded(raw["train"], str(path))))
+    return compose(raw, overrides, str(path))
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    text = storage.read_text(path)
     try:
         raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -967,7 +1030,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     if not isinstance(raw, dict):
         held = "nothing" if raw is None else f"{type(raw).__name__} {text.strip()[:40]!r}"
         raise JobError(f"{path}: a job file is a mapping of keys to values (`kind: train`, ...); this one holds {held}")
-    return compose(raw, overrides, str(path))
+    return raw
+
+
+def _beside(path: str, other: str) -> str:
+    """A path or URI that a file names, taken from where the file lies."""
+    folder = path.rpartition("/")[0]
+    return other if "://" in other or other.startswith("/") or not folder else f"{folder}/{other}"
 
 
 def compose(raw: Mapping[str, Any], overrides: Sequence[str], where: str = "job") -> Job:

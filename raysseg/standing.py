@@ -8,13 +8,56 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from raysseg import bundle as bundles
 from raysseg import checkpoint, storage
-from raysseg.config import TrainJob
+from raysseg.config import TrainJob, TuneJob
+from raysseg.schema import InputError
 
 History = list[dict[str, float]]
 """A row an epoch: `epoch` and `step`, `train/...`, and `val/...` as soon as it is known."""
+
+
+def open_run(job: TrainJob | TuneJob, movable: Collection[str]) -> None:
+    """Writes job.json, or checks that the run which is there is this one.
+
+    Args:
+        job: whose run it is.
+        movable: dotted paths that may change when a run goes on.
+
+    Raises:
+        InputError: the run exists with other settings.
+    """
+    uri = storage.join(job.run_uri, "job.json")
+    now = job.model_dump(mode="json")
+    if storage.exists(uri):
+        before = json.loads(storage.read_text(uri))
+        moved = sorted(_differences(_fixed(before, movable), _fixed(now, movable)))
+        if moved:
+            raise InputError(
+                f"{job.run_uri}: this run exists with other settings: {'; '.join(moved[:5])}. Give the job another "
+                "name, set these back to go on with the run, or delete its folder"
+            )
+    storage.write_text(uri, json.dumps(now, indent=2))
+
+
+def _fixed(job: dict[str, Any], movable: Collection[str], path: str = "") -> dict[str, Any]:
+    """The keys that a run keeps for good."""
+    return {
+        key: _fixed(value, movable, f"{path}{key}.") if isinstance(value, dict) else value
+        for key, value in job.items()
+        if f"{path}{key}" not in movable
+    }
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+    elif before != now:
+        yield f"{path} was {json.dumps(before)}, now {json.dumps(now)}"
 
 
 def bundle_uri(job: TrainJob, step: int) -> str:
@@ -76,6 +119,12 @@ def write_per_worker(job: TrainJob, asked: int, images: int) -> None:
     """Sets the images of a worker's forward pass for as long as the job asks for so many."""
     content = {"asked": asked, "per_worker": images, "because": "a GPU ran out of memory"}
     storage.write_text(storage.join(job.run_uri, "per_worker.json"), json.dumps(content))
+
+
+def read_best(job: TrainJob) -> dict[str, Any]:
+    """best.json: the best bundle's place, its step, the metric it was chosen by and its value."""
+    best: dict[str, Any] = json.loads(storage.read_text(storage.join(job.run_uri, "best.json")))
+    return best
 
 
 def read_history(job: TrainJob) -> History:

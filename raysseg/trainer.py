@@ -29,8 +29,8 @@ from raysseg import storage
 from raysseg.conductor import Conductor, Judge, Line, Steward, release_former
 from raysseg.config import Scaling, TrainJob
 from raysseg.data import stream
-from raysseg.link import Signals, Wish, signals_noted
-from raysseg.runtime import as_input_error, connect, gpus_per_worker, log_to_stderr
+from raysseg.link import Signals, Wish
+from raysseg.runtime import as_input_error, gpus_per_worker, log_to_stderr
 from raysseg.saver import Saved
 from raysseg.schema import InputError
 from raysseg.validation import validate_bundle
@@ -43,14 +43,17 @@ _START_ATTEMPTS = {"fixed": 3, "elastic": 40}
 logger = logging.getLogger(__name__)
 
 
-def train_on_ray(plan: Plan) -> int | None:
-    """Trains all epochs in Ray Train's workers; returns the signal that asked to end, if there was one.
+def train_on_ray(plan: Plan, signals: Signals) -> None:
+    """Trains all epochs in Ray Train's workers, on the Ray that this process is connected to.
+
+    Args:
+        plan: see Plan.
+        signals: once one is received, the run is saved and ends.
 
     Raises:
         InputError: the data can't be used, or the cluster has no room for the workers.
         StorageError: the run can't be saved.
     """
-    connect()
     scaling = plan.job.scaling
     gpus = gpus_per_worker(scaling)
     _check_room(scaling, gpus)
@@ -85,12 +88,10 @@ def train_on_ray(plan: Plan) -> int | None:
         validation_config=_validation_config(plan_ref, beside) if beside is not None else None,
     )
     release_former(plan.job.run_uri)
-    with signals_noted() as signals:  # not before: starting Ray takes SIGTERM for itself
-        try:
-            _look_after(trainer.fit, conductor, signals, scaling.step_timeout_s)
-        except ray.train.TrainingFailedError as error:
-            raise as_input_error(error) or error from None
-    return signals.received
+    try:
+        _look_after(trainer.fit, conductor, signals, scaling.step_timeout_s)
+    except ray.train.TrainingFailedError as error:
+        raise as_input_error(error) or error from None
 
 
 def _look_after(

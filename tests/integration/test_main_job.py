@@ -194,7 +194,7 @@ def test_validation_that_was_cut_off_is_made_up_for(trained: TrainResult, exampl
 def test_oversampled_epochs_are_as_long_here_and_on_ray(
     ray_cluster: None, example: Path, tmp_path: Path, trained: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raysseg.train._COUNT", 10)  # more are counted over the cluster
+    monkeypatch.setattr("raysseg.inputs._COUNT", 10)  # more are counted over the cluster
     shared = ("data.oversample=1.0", "data.augment.class_crop=0.5", "schedule.epochs=1")
     here, there = (
         rows(train(example_job(str(example), str(tmp_path), *shared, f"scaling.workers={n}", f"name=x{n}")).run)[-1]

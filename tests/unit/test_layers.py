@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "raysseg"
 FLOORS = [  # ground first; a module imports from the floors below its own, or from its own package
     {"schema"},
-    {"storage", "rle", "catalogue", "link"},
+    {"storage", "rle", "catalogue", "link", "section"},
+    {"space"},
     {"config"},
     {"masks", "losses", "ledger", "trackers"},
     {"data", "models", "metrics"},
@@ -21,14 +22,16 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"standing", "findings", "conductor"},
     {"saver"},
     {"worker"},
-    {"evaluate", "shard", "fingerprint", "export"},
-    {"validation"},
+    {"evaluate", "shard", "fingerprint", "export", "importance", "search"},
+    {"validation", "inputs", "tuning_page"},
     {"trainer"},
     {"train"},
+    {"trial"},
+    {"tune"},
     {"cli"},
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-MAY_IMPORT_RAY = {"runtime", "trainer", "conductor", "data/stream"}
+MAY_IMPORT_RAY = {"runtime", "trainer", "conductor", "trial", "tune", "data/stream"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

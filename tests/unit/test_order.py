@@ -23,7 +23,7 @@ from raysseg.data.index import Failure, SampleIndex
 from raysseg.data.sampling import Factors, epoch_order, num_positions, num_windows, order_hash, repeat_factors
 from raysseg.ledger import Ledger, deal, num_steps
 from raysseg.schema import InputError, Sample
-from raysseg.train import _count
+from raysseg.inputs import _count
 
 
 def index_of(group_sizes: Sequence[int]) -> SampleIndex:
@@ -604,7 +604,7 @@ def test_classes_are_counted_by_sample_and_a_skipped_one_holds_none(damaged: str
         }
     )
     assert job.kind == "train"
-    pixels, presence = _count(job, "train", read_index(job.data.train), read_class_map(["a", "b", "c"]))
+    pixels, presence = _count(job, "train", read_index(job.data.train), read_class_map(["a", "b", "c"]), is_whole=True)
     assert (pixels.num_images, pixels.images.tolist()) == (22, [22, 22, 0])
     assert presence[:, :2].sum(axis=1).tolist() == [2] * 11 + [0] + [2] * 11
     assert not presence[:, 2].any()
