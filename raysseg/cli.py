@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 JOB_VERBS = {
     "train": "train a model, or go on with a run that stopped",
+    "tune": "search a train job's settings, or go on with a search that stopped",
     "evaluate": "score a bundle, or stored predictions, over a data set",
     "inspect": "what a data set holds, what is wrong with it and what to do about it; also: inspect IMAGES MASKS",
     "shard": "write a data set as Parquet shards, or --to another format",
@@ -117,6 +118,10 @@ def _run_job(job: Job, write_job: str | None) -> dict[str, Any]:
             from raysseg.train import train
 
             return asdict(train(job))
+        case config.TuneJob():
+            from raysseg.tune import tune
+
+            return asdict(tune(job))
         case config.EvaluateJob():
             from raysseg.evaluate import evaluate
 

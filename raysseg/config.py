@@ -863,7 +863,8 @@ class TuneJob(BaseJob):
 
     kind: Literal["tune"]
     train: Annotated[dict[str, Any], AfterValidator(_check_train)]
-    """A train job's file, which lies beside this one, or its keys."""
+    """A train job's file, whose path is taken from where this file lies; or its keys; or both: `{file: PATH, ...}`, and
+    the keys win."""
     search: Search
     storage: Uri = Field(default="", validate_default=False)
     """The search is the folder <storage>/<name>; default: the train job's storage."""
@@ -910,6 +911,9 @@ class TuneJob(BaseJob):
         }
         if first.metric != LATENCY:
             fixed |= {"checkpoint.metric": first.metric, "checkpoint.mode": first.mode}
+        mlflow = self.train_job({}).trackers.mlflow
+        if mlflow is not None and mlflow.experiment is None:
+            fixed |= {"trackers.mlflow.experiment": self.name}
         return parse_as(TrainJob, self._train_keys({**overrides, **fixed}), f"trial {number}")
 
     def winner_keys(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -1016,9 +1020,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         JobError: with every mistake found, each with its dotted key, the value, what is allowed and the mend.
     """
     raw = _read_yaml(str(path))
-    if raw.get("kind") == "tune" and isinstance(raw.get("train"), str):
-        raw["train"] = _read_yaml(_beside(str(path), _expanded(raw["train"], str(path))))
+    if raw.get("kind") == "tune":
+        raw["train"] = _train_keys(raw.get("train"), str(path))
     return compose(raw, overrides, str(path))
+
+
+def _train_keys(train: Any, path: str) -> Any:
+    """The keys of a tune job's train job, of which a file may hold all or some."""
+    given = {"file": train} if isinstance(train, str) else train
+    if not isinstance(given, Mapping) or not isinstance(given.get("file"), str):
+        return train
+    keys = {key: value for key, value in given.items() if key != "file"}
+    return _merged(_read_yaml(_beside(path, _expanded(given["file"], path))), keys)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

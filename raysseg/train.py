@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def _train(plan: Plan) -> None:
         raise RunStopped(f"{plan.job.run_uri} is saved; the same command goes on from there", signals.received)
 
 
-def iter_epochs_here(plan: Plan, signals: Signals) -> Iterator[Saved]:
+def iter_epochs_here(plan: Plan, signals: Signals) -> Generator[Saved, None, None]:
     """Trains in this process, without Ray; yields each epoch once it is on storage."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
