@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
@@ -24,6 +24,7 @@ from raysseg.config import Scaling, TrainJob, TuneJob
 from raysseg.data.batches import Pair, iter_pairs
 from raysseg.data.decode import Pixels
 from raysseg.data.index import SampleIndex
+from raysseg.desk import Account
 from raysseg.inputs import Inputs, build_plan
 from raysseg.link import Signals
 from raysseg.predictor import Predictor
@@ -40,27 +41,6 @@ _TIMED = 10  # predictions, after some that warm up
 _WARM_UP = 3
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Account:
-    """What a trial tells after each step.
-
-    Attributes:
-        number: the trial's.
-        history: the rows of its epochs so far.
-        is_over: there is no epoch to come.
-        seconds: that this process has spent on it.
-        latency_ms: milliseconds a prediction, once it is over and if that is asked for.
-        reason: why it failed, if it did.
-    """
-
-    number: int
-    history: History = field(default_factory=list)
-    is_over: bool = False
-    seconds: float = 0.0
-    latency_ms: float | None = None
-    reason: str = ""
 
 
 @dataclass(frozen=True)

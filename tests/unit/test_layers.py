@@ -24,9 +24,10 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"worker"},
     {"evaluate", "shard", "fingerprint", "export", "importance", "search"},
     {"validation", "inputs", "tuning_page"},
-    {"trainer"},
+    {"trainer", "desk"},
     {"train"},
     {"trial"},
+    {"outcome"},
     {"tune"},
     {"cli"},
 ]
