@@ -81,8 +81,7 @@ class Desk:
             logger.info("trial %d goes on", number)
         else:
             trial = search.ask(self._study, self._job)
-        counts = self._inputs.counts["train"]
-        overrides = search.draw(trial, self._job, self._inputs.classes.names, counts.pixels)
+        overrides = search.draw(trial, self._job, self._inputs.classes.names, self._inputs.balance.pixels)
         trial.set_user_attr("overrides", overrides)
         self._open[trial.number] = trial
         self._accounts[trial.number] = Account(trial.number)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +11,8 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+from raysseg.search import quiet
 
 GOOD = 0.25  # of the trials, which count as good
 FEWEST = 4  # trials, of which a quarter is one
@@ -53,7 +53,7 @@ def importances(study: optuna.Study, objective: int = 0, resamples: int = 40, se
     if len(trials) < FEWEST:
         return []
     random = np.random.default_rng(seed)
-    with _quiet():
+    with quiet():
         shares = _shares(trials)
         draws = [_shares([trials[i] for i in random.integers(len(trials), size=len(trials))]) for _ in range(resamples)]
     return [_importance(name, share, [draw.get(name, 0.0) for draw in draws]) for name, share in shares.items()]
@@ -79,16 +79,3 @@ def _shares(trials: Sequence[FrozenTrial]) -> dict[str, float]:
 def _importance(param: str, share: float, draws: Sequence[float]) -> Importance:
     low, high = np.quantile(draws, (0.05, 0.95)).tolist() if draws else (share, share)
     return Importance(param, share, low, high)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's messages and warnings."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

@@ -36,12 +36,15 @@ class Inputs:
         splits: train and val.
         counts: pixels by class of each split; of an even choice of its masks, where they are many.
         presence: (N, C), which classes each counted training sample holds.
+        balance: by what class weights go: pixels, or instances and segments where the task is not semantic; of all
+            training samples, if classes are balanced.
     """
 
     classes: ClassMap
     splits: dict[str, SampleIndex]
     counts: dict[str, ClassPixels]
     presence: Presence
+    balance: ClassPixels
 
 
 def read_inputs(job: TrainJob, *, is_balanced: bool = False) -> Inputs:
@@ -49,7 +52,7 @@ def read_inputs(job: TrainJob, *, is_balanced: bool = False) -> Inputs:
 
     Args:
         job: see TrainJob.
-        is_balanced: count all training masks, even if this job's own settings don't need it.
+        is_balanced: classes will be balanced, even if this job's own settings don't say so.
 
     Raises:
         InputError: the data can't be used.
@@ -63,7 +66,10 @@ def read_inputs(job: TrainJob, *, is_balanced: bool = False) -> Inputs:
     is_balanced |= isinstance(job.loss.class_weights, str) or job.data.oversample is not None
     train, presence = _count(job, "train", splits["train"], classes, is_whole=is_balanced)
     val, _ = _count(job, "val", splits["val"], classes, is_whole=False)
-    return Inputs(classes, splits, {"train": train, "val": val}, presence)
+    counts = train
+    if is_balanced and job.task != "semantic":
+        counts = _count_regions(job, splits["train"], classes)
+    return Inputs(classes, splits, {"train": train, "val": val}, presence, counts)
 
 
 def build_plan(job: TrainJob, inputs: Inputs) -> Plan:
@@ -77,7 +83,7 @@ def build_plan(job: TrainJob, inputs: Inputs) -> Plan:
         split: {"samples": len(index), "hash": index.fingerprint, "pixels": counts[split].pixels.tolist()}
         for split, index in splits.items()
     }
-    weights = _class_weights(job, splits["train"], counts["train"], inputs.classes)
+    weights = _class_weights(job, inputs.balance, inputs.classes)
     factors = _repeat_factors(job, splits["train"], inputs.presence)
     return Plan(job, inputs.classes, splits["train"], splits["val"], weights, fingerprint, factors)
 
@@ -179,14 +185,11 @@ def _repeat_factors(job: TrainJob, index: SampleIndex, presence: Presence) -> Fa
     return factors
 
 
-def _class_weights(
-    job: TrainJob, index: SampleIndex, pixels: ClassPixels, classes: ClassMap
-) -> tuple[float, ...] | None:
+def _class_weights(job: TrainJob, counts: ClassPixels, classes: ClassMap) -> tuple[float, ...] | None:
     given = job.loss.class_weights
     if given is None:
         return None
     if isinstance(given, str):
-        counts = pixels if job.task == "semantic" else _count_regions(job, index, classes)
         weights = tuple(balance(given, counts, job.loss.effective_beta).tolist())
     elif len(given) != len(classes):
         raise InputError(

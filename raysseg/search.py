@@ -1,17 +1,13 @@
-"""The study of a search: Optuna's, kept on the run's storage. No Ray, no torch."""
+"""What a search tries next: a job's space as Optuna's, its samplers and rules of pruning. No Ray, no torch."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +16,10 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from raysseg import storage
 from raysseg.config import JobError, TuneJob
-from raysseg.schema import InputError
 from raysseg.space import (
     Choice,
     Dimension,
@@ -39,165 +31,11 @@ from raysseg.space import (
     WeightExponent,
     WeightFactors,
 )
-from raysseg.storage import StorageError
-
-logger = logging.getLogger(__name__)
 
 _OWN = "own"  # marks the trial with the train job's own values
-_SEARCH = "search"  # what makes a study's trials comparable
 _SMALLEST = 1e-6  # of the numbers in (0, 1) from which a share-out of class weights is made
-_PAUSE_S = 30.0  # for which a storage that went away is left alone
 
 _Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
-
-
-# ---- the study on storage
-
-
-def open_study(job: TuneJob) -> optuna.Study:
-    """The study `job.name` in <run>/study.log, a journal of Optuna's; made where there is none.
-
-    Locally, that file is written; on other storage it is put whole after each change. Nobody else may write it.
-
-    Raises:
-        InputError: the study was begun with another space, other objectives or epochs, or its file is damaged.
-        StorageError: the storage refuses.
-    """
-    uri = storage.join(job.run_uri, "study.log")
-    journal = _RemoteJournal(uri) if storage.is_remote(uri) else _local_journal(uri)
-    try:
-        journal_storage = JournalStorage(journal)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{uri}: damaged: {error}. Delete the folder, or give the job another name.") from error
-    facts = _facts(job)
-    with _quiet():
-        if job.name in optuna.get_all_study_names(journal_storage):
-            study = optuna.load_study(study_name=job.name, storage=journal_storage, pruner=_pruner(job))
-        else:
-            directions = [_direction(objective.mode) for objective in job.objectives]
-            study = optuna.create_study(
-                study_name=job.name, storage=journal_storage, directions=directions, pruner=_pruner(job)
-            )
-    if _SEARCH not in study.user_attrs:
-        study.set_user_attr(_SEARCH, facts)
-    if differences := _differences(study.user_attrs[_SEARCH], facts):
-        raise InputError(
-            f"{job.run_uri} holds another search: {'; '.join(differences)}. Give the job another name, set it back, or "
-            "delete the folder."
-        )
-    return study
-
-
-def close_study(study: optuna.Study) -> None:
-    """Puts what a storage that went away has not got yet.
-
-    Raises:
-        StorageError: it is still away, or refuses.
-    """
-    journal = study._storage._backend if isinstance(study._storage, JournalStorage) else None
-    if isinstance(journal, _RemoteJournal):
-        journal.flush()
-
-
-def _facts(job: TuneJob) -> dict[str, Any]:
-    """What must stay the same for trials to be comparable, by the job's keys."""
-    space = {f"search.space.{path}": _plain(dimension) for path, dimension in job.search.space.items()}
-    objectives = [objective.model_dump(mode="json") for objective in job.objectives]
-    return {"search.objectives": objectives, "search.epochs": job.epochs, **space}
-
-
-def _plain(dimension: Dimension) -> dict[str, Any]:
-    return dimension.model_dump(mode="json", exclude_defaults=True)
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    def told(facts: Mapping[str, Any], key: str) -> str:
-        return json.dumps(facts[key], sort_keys=True) if key in facts else "left out"
-
-    keys = [key for key in sorted({*before, *now}) if told(before, key) != told(now, key)]
-    return [f"{key} was {told(before, key)} and is {told(now, key)}" for key in keys]
-
-
-def _direction(mode: str) -> StudyDirection:
-    return StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE
-
-
-class _NoLock(JournalFileOpenLock):
-    """The search is the only writer, and a lock file would outlive a kill."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
-
-
-class _LocalJournal(JournalFileBackend):
-    """A local file, whose errors are a StorageError."""
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with storage.translated(self._file_path):
-            super().append_logs(logs)
-
-
-def _local_journal(uri: str) -> _LocalJournal:
-    path = Path(storage.absolute(uri))
-    with storage.translated(uri):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            os.truncate(path, len(_whole_lines(path.read_bytes())))
-        return _LocalJournal(str(path), _NoLock(str(path)))
-
-
-class _RemoteJournal(BaseJournalBackend):
-    """A journal in memory, in the format of Optuna's file, and put whole after each change.
-
-    A storage that goes away does not end the search: it is tried again with a change half a minute later, and by
-    `flush`.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-        self._content = _whole_lines(storage.read_bytes(uri)) if storage.exists(uri) else b""
-        self._logs: list[dict[str, Any]] | None = None
-        self._is_saved = True
-        self._not_before = 0.0
-
-    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        if self._logs is None:
-            self._logs = [json.loads(line) for line in self._content.splitlines()]
-        return self._logs[log_number_from:]
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        lines = [json.dumps(log, separators=(",", ":")) for log in logs]
-        self.read_logs(0)
-        assert self._logs is not None
-        self._logs += [json.loads(line) for line in lines]
-        self._content += "".join(f"{line}\n" for line in lines).encode()
-        self._is_saved = False
-        if time.monotonic() < self._not_before:
-            return
-        try:
-            self.flush()
-        except StorageError as error:
-            if not error.is_transient:
-                raise
-            self._not_before = time.monotonic() + _PAUSE_S
-            logger.warning("the study is not saved yet; once more with a later change: %s", error)
-
-    def flush(self) -> None:
-        """Puts what is not on storage yet."""
-        if not self._is_saved:
-            storage.write_bytes(self._uri, self._content)
-            self._is_saved = True
-
-
-def _whole_lines(content: bytes) -> bytes:
-    """Less a last line that a kill has cut off: the next one would be joined to it, and Optuna read neither."""
-    return content[: content.rfind(b"\n") + 1]
-
-
-# ---- trials
 
 
 def num_trials(job: TuneJob) -> int:
@@ -308,7 +146,7 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
-# ---- from dimensions to parameters, and back
+# --- from dimensions to parameters, and back --------------------------------------------------------------------------
 
 
 def to_weights(pixels: npt.NDArray[np.int64], exponent: float) -> npt.NDArray[np.float64]:
@@ -325,7 +163,7 @@ def _balanced(raw: npt.NDArray[np.float64], pixels: npt.NDArray[np.int64]) -> np
 
 def _params(path: str, dimension: Dimension, classes: Sequence[str]) -> dict[str, _Distribution]:
     """Optuna's parameters of a dimension."""
-    with _quiet():  # steps need not meet the largest value
+    with quiet():  # steps need not meet the largest value
         match dimension:
             case Uniform():
                 return {path: FloatDistribution(*dimension.uniform, step=dimension.step)}
@@ -419,7 +257,7 @@ def _changes_nothing(job: TuneJob, path: str, value: Any) -> bool:
         return False
 
 
-# ---- grids
+# --- grids ------------------------------------------------------------------------------------------------------------
 
 _Grid = dict[str, list[Any]]
 
@@ -464,13 +302,13 @@ def _as_key(params: Mapping[str, Any]) -> str:
     return json.dumps(rounded, sort_keys=True)
 
 
-# ---- samplers and pruners
+# --- samplers and pruners ---------------------------------------------------------------------------------------------
 
 
 def _sampler(search: Search, number: int, params: Mapping[str, Mapping[str, BaseDistribution]]) -> BaseSampler:
     """The sampler of one trial: all that it knows is the study, so a restart changes nothing."""
     seed = int(np.random.SeedSequence((search.seed, number)).generate_state(1)[0])
-    with _quiet():
+    with quiet():
         if search.sampler == "tpe":
             return TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
         if search.sampler == "cma_es":
@@ -507,7 +345,8 @@ class _CmaEs(CmaEsSampler):
         return trials
 
 
-def _pruner(job: TuneJob) -> BasePruner:
+def build_pruner(job: TuneJob) -> BasePruner:
+    """By `search.pruning`."""
     rule = job.search.pruning
     if rule is None:
         return NopPruner()
@@ -525,13 +364,13 @@ class _BeforeLast(BasePruner):
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         if trial.last_step is None or trial.last_step >= self._epochs:
             return False
-        with _quiet():  # numpy minds rows of NaN
+        with quiet():  # numpy minds rows of NaN
             return self._rule.prune(study, trial)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's messages and warnings."""
+def quiet() -> Iterator[None]:
+    """The block without Optuna's messages and warnings."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -33,6 +33,7 @@ from raysseg.runtime import connect, gpus_per_worker, log_to_stderr
 from raysseg.schema import InputError, RunStopped
 from raysseg.section import seconds_of
 from raysseg.space import CLASS_WEIGHTS, LATENCY
+from raysseg.study import close_study, open_study
 from raysseg.trackers import check_trackers
 from raysseg.train import MOVABLE as TRAIN_MOVABLE
 from raysseg.trial import Shared, TrialProcess, trains_here
@@ -62,14 +63,14 @@ def tune(job: TuneJob) -> TuneResult:
     inputs = read_inputs(base, is_balanced=bool(balancing))
     _check_objectives(job, known_metrics(base, inputs.classes))
     standing.open_run(job, MOVABLE)
-    study = search.open_study(job)
+    study = open_study(job)
     try:
         desk = Desk(job, study, inputs)
         if desk.num_left:
             _run_trials(job, desk, inputs)
         return conclude(job, study, inputs)
     finally:
-        search.close_study(study)
+        close_study(study)
 
 
 def _check_objectives(job: TuneJob, known: Sequence[str]) -> None:

@@ -21,9 +21,9 @@ from raysseg.data import batches, read_class_map, read_index, read_samples
 from raysseg.data.batches import Batch, Feed, Recipe
 from raysseg.data.index import Failure, SampleIndex
 from raysseg.data.sampling import Factors, epoch_order, num_positions, num_windows, order_hash, repeat_factors
+from raysseg.inputs import _count
 from raysseg.ledger import Ledger, deal, num_steps
 from raysseg.schema import InputError, Sample
-from raysseg.inputs import _count
 
 
 def index_of(group_sizes: Sequence[int]) -> SampleIndex:

@@ -18,6 +18,7 @@ from raysseg import config, search, storage
 from raysseg.config import TuneJob
 from raysseg.schema import InputError
 from raysseg.storage import StorageError
+from raysseg.study import close_study, open_study
 
 TRAIN: dict[str, Any] = {
     "task": "semantic",
@@ -51,18 +52,18 @@ def draw(study: optuna.Study, job: TuneJob) -> tuple[optuna.Trial, dict[str, Any
 
 def run(job: TuneJob, count: int) -> list[dict[str, Any]]:
     """Opens the study and runs so many trials, two at a time as far as they go; what they drew."""
-    study = search.open_study(job)
+    study = open_study(job)
     drawn = []
     for _ in range(count // 2):
         pair = [draw(study, job) for _ in range(2)]
         for trial, values in pair:
             drawn.append(values)
             study.tell(trial, -abs(math.log10(values.get("optimizer.lr", 1e-3)) + 2.5))
-    search.close_study(study)
+    close_study(study)
     return drawn
 
 
-# ---- draws
+# --- draws
 
 
 def test_draws_stay_within_bounds_steps_and_conditions(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_draws_stay_within_bounds_steps_and_conditions(tmp_path: Path) -> None:
         "data.augment": {"choice": [None, {"flip": 0.0}], "when": {"optimizer.name": "sgd"}},
     }
     job = tune_job(tmp_path, space, sampler="random")
-    study = search.open_study(job)
+    study = open_study(job)
     drawn = [draw(study, job)[1] for _ in range(121)][1:]
     rates = np.log10([values["optimizer.lr"] for values in drawn])
     assert -5 <= rates.min() < -4.8 < -1.2 < rates.max() <= -1
@@ -104,13 +105,13 @@ def test_draws_stay_within_bounds_steps_and_conditions(tmp_path: Path) -> None:
 def test_conditions_tell_booleans_from_numbers(tmp_path: Path) -> None:
     space = {"loss.dice": {"int": [0, 1], "when": {"loss.focal": True}}, "loss.focal": {"choice": [1.0, 2.0]}}
     job = tune_job(tmp_path, space, sampler="random")
-    study = search.open_study(job)
+    study = open_study(job)
     assert not any("loss.dice" in draw(study, job)[1] for _ in range(9))
 
 
 def test_trials_fit_the_train_job(tmp_path: Path) -> None:
     job = tune_job(tmp_path, {**NUMBERS, "loss.class_weights": {"factors": [0.5, 2]}})
-    study = search.open_study(job)
+    study = open_study(job)
     for number in range(3):
         trial, values = draw(study, job)
         made = job.trial_job(trial.number, json.loads(json.dumps(values)))
@@ -130,7 +131,7 @@ def test_exponents_from_none_to_inverse_frequency() -> None:
 @pytest.mark.parametrize("shape", [{"exponent": [0, 1]}, {"factors": [0.1, 10]}, {"simplex": True}])
 def test_class_weights_have_mean_1_over_the_classes_that_occur(shape: dict[str, Any], tmp_path: Path) -> None:
     job = tune_job(tmp_path, {"loss.class_weights": shape}, sampler="random")
-    study = search.open_study(job)
+    study = open_study(job)
     for _ in range(5):
         trial = search.ask(study, job)
         for weights in search.draw(trial, job, CLASSES, np.array([100, 0, 1])).values():
@@ -155,7 +156,7 @@ def test_simplex_is_uniform() -> None:
     assert (shares > 0.5).mean(0) == pytest.approx(1 / 4, abs=0.035)
 
 
-# ---- the first trial
+# --- the first trial
 
 
 def test_first_trial_has_the_train_jobs_own_values(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_first_trial_has_the_train_jobs_own_values(tmp_path: Path) -> None:
         "batch.per_worker": {"int": [1, 9], "when": {"optimizer.name": "sgd"}},
     }
     job = tune_job(tmp_path, space)
-    study = search.open_study(job)
+    study = open_study(job)
     trial, values = draw(study, job)
     assert values == {}
     assert trial.number == 0
@@ -204,7 +205,7 @@ def test_own_class_weights(weights: object, shape: dict[str, Any], own: float | 
     assert search.own_params(job).get("loss.class_weights.exponent") == own
 
 
-# ---- samplers
+# --- samplers
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma_es", "random", "grid"])
@@ -223,11 +224,11 @@ def test_a_restart_changes_no_draw(sampler: str, mid_way: bool, tmp_path: Path) 
 
 def test_a_trial_left_unfinished_is_drawn_as_before(tmp_path: Path) -> None:
     job = tune_job(tmp_path, NUMBERS)
-    study = search.open_study(job)
+    study = open_study(job)
     draw(study, job)
     trial, values = draw(study, job)
     trial.report(0.5, 1)
-    again = search.resume(search.open_study(job), 1)
+    again = search.resume(open_study(job), 1)
     assert search.draw(again, job, CLASSES, PIXELS) == values
     assert again.study.trials[1].intermediate_values == {1: 0.5}
     again.study.tell(again, 1.0)
@@ -236,8 +237,8 @@ def test_a_trial_left_unfinished_is_drawn_as_before(tmp_path: Path) -> None:
 
 def test_a_kill_between_the_first_trials_making_and_its_start_leaves_one_first_trial(tmp_path: Path) -> None:
     job = tune_job(tmp_path, NUMBERS)
-    search.open_study(job).enqueue_trial(search.own_params(job), {"own": True})
-    study = search.open_study(job)
+    open_study(job).enqueue_trial(search.own_params(job), {"own": True})
+    study = open_study(job)
     assert [draw(study, job)[0].user_attrs.get("own") for _ in range(2)] == [True, None]
 
 
@@ -256,7 +257,7 @@ def test_cma_es_takes_nan_as_worst(tmp_path: Path) -> None:
     drawn = []
     for sampler, worst in (("cma_es", -1e9), ("cma_es", math.nan), ("random", math.nan)):
         job = tune_job(tmp_path / f"{sampler}{worst}", NUMBERS, sampler=sampler, pruning={})
-        study = search.open_study(job)
+        study = open_study(job)
         values: dict[str, Any] = {}
         for number in range(24):
             trial, values = draw(study, job)
@@ -280,12 +281,12 @@ def test_grid_takes_each_point_once_and_the_own_values_first(tmp_path: Path) -> 
     assert len({json.dumps(values) for values in run(outside, 12)[1:]}) == 11
     assert search.num_trials(tune_job(tmp_path, GRID, sampler="grid", trials=5)) == 5
     assert search.num_trials(tune_job(tmp_path, LR, trials=7)) == 7
-    draw(search.open_study(inside), inside)  # beyond the last one
+    draw(open_study(inside), inside)  # beyond the last one
 
 
 def test_grid_leaves_out_what_another_sampler_took(tmp_path: Path) -> None:
     job = tune_job(tmp_path, GRID, sampler="grid")
-    study = search.open_study(job)
+    study = open_study(job)
     for name, i in [(name, i) for name in ("adamw", "sgd") for i in range(6)][:-1]:
         study.enqueue_trial({"optimizer.name": name, "optimizer.weight_decay": 0.1 * i})  # 0.30000000000000004
         trial = study.ask()
@@ -295,7 +296,7 @@ def test_grid_leaves_out_what_another_sampler_took(tmp_path: Path) -> None:
 
 def test_a_kill_between_a_points_making_and_its_start_loses_none(tmp_path: Path) -> None:
     job = tune_job(tmp_path, GRID, sampler="grid")
-    study = search.open_study(job)
+    study = open_study(job)
     draw(study, job)
     study.enqueue_trial(search._next_point(study.trials, job.search))
     assert draw(study, job)[0].number == 1
@@ -315,7 +316,7 @@ def test_optuna_keeps_silent(
     assert optuna.logging.get_verbosity() == optuna.logging.INFO, "which is Optuna's own"
 
 
-# ---- pruning
+# --- pruning
 
 
 def curve(values: dict[str, Any], epoch: int) -> float:
@@ -325,7 +326,7 @@ def curve(values: dict[str, Any], epoch: int) -> float:
 
 def train_all(job: TuneJob, concurrent: int) -> tuple[list[int], list[int]]:
     """Trials with learning curves, in turn; the best ones, and the epochs that each trained."""
-    study = search.open_study(job)
+    study = open_study(job)
     running: list[tuple[optuna.Trial, dict[str, Any]]] = []
     epochs: list[int] = []
     while len(epochs) < job.search.trials or running:
@@ -369,7 +370,7 @@ def test_every_trial_trains_min_epochs(tmp_path: Path) -> None:
 
 def test_nobody_is_turned_away_at_the_last_epoch(tmp_path: Path) -> None:
     job = tune_job(tmp_path, LR, pruning={"min_epochs": 8}, epochs=9)
-    study = search.open_study(job)
+    study = open_study(job)
     for value, epoch, is_pruned in ((0.9, 8, False), (0.1, 9, False), (0.1, 8, True)):
         trial, _ = draw(study, job)
         trial.report(value, epoch)
@@ -379,7 +380,7 @@ def test_nobody_is_turned_away_at_the_last_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", ["median", "asha"])
 def test_nan_is_pruned(rule: str, tmp_path: Path) -> None:
     job = tune_job(tmp_path, LR, pruning={"rule": rule, "first_trials": 1})
-    study = search.open_study(job)
+    study = open_study(job)
     first, _ = draw(study, job)
     first.report(0.5, 1)
     assert not first.should_prune()
@@ -391,7 +392,7 @@ def test_nan_is_pruned(rule: str, tmp_path: Path) -> None:
         assert second.should_prune()
 
 
-# ---- the best
+# --- the best
 
 
 def completed(*values: float, state: TrialState = TrialState.COMPLETE) -> optuna.trial.FrozenTrial:
@@ -420,13 +421,13 @@ def test_best_of_two_objectives() -> None:
     assert search.best_numbers(study) == [1, 3, 0]
 
 
-# ---- the study on storage
+# --- the study on storage
 
 
 def test_study_opens_with_plain_optuna(tmp_path: Path) -> None:
     objectives = [{"metric": "val/miou"}, {"metric": "latency_ms"}]
     job = tune_job(tmp_path, LR, objectives=objectives)
-    ours = search.open_study(job)
+    ours = open_study(job)
     trial, _ = draw(ours, job)
     ours.tell(trial, [0.5, 3.0])
     log = str(tmp_path / "hunt" / "study.log")
@@ -439,20 +440,20 @@ def test_study_opens_with_plain_optuna(tmp_path: Path) -> None:
 
 def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path: Path) -> None:
     job = tune_job(tmp_path, LR)
-    draw(search.open_study(job), job)
+    draw(open_study(job), job)
     log = tmp_path / "hunt" / "study.log"
     whole = log.read_bytes()
     log.write_bytes(whole + b'{"op_code":4,"worker')
-    study = search.open_study(job)
+    study = open_study(job)
     assert log.read_bytes() == whole
     draw(study, job)
-    assert len(search.open_study(job).trials) == 2
+    assert len(open_study(job).trials) == 2
 
     log.write_bytes(b"")
-    assert search.open_study(job).trials == []
+    assert open_study(job).trials == []
     log.write_bytes(b"nonsense\n" + whole)
     with pytest.raises(InputError, match=r"study\.log: damaged"):
-        search.open_study(job)
+        open_study(job)
 
 
 def test_a_lock_of_a_killed_process_does_not_hold_up(tmp_path: Path) -> None:
@@ -460,32 +461,8 @@ def test_a_lock_of_a_killed_process_does_not_hold_up(tmp_path: Path) -> None:
     (tmp_path / "hunt" / "study.log.lock").symlink_to(tmp_path / "hunt" / "study.log")
     start = time.monotonic()
     job = tune_job(tmp_path, LR)
-    draw(search.open_study(job), job)
+    draw(open_study(job), job)
     assert time.monotonic() - start < 5
-
-
-def test_study_of_another_search_is_refused(tmp_path: Path) -> None:
-    before = {**LR, "optimizer.name": {"choice": ["adamw", "sgd"]}}
-    draw(search.open_study(tune_job(tmp_path, before)), tune_job(tmp_path, before))
-    log = (tmp_path / "hunt" / "study.log").read_bytes()
-    others = [
-        (tune_job(tmp_path, before, epochs=8), "search.epochs was 9 and is 8"),
-        (tune_job(tmp_path, LR), 'search.space.optimizer.name was {"choice": ["adamw", "sgd"]} and is left out'),
-        (tune_job(tmp_path, before | {"loss.dice": {"uniform": [0, 1]}}), "search.space.loss.dice was left out and is"),
-        (tune_job(tmp_path, before, metric="val/pixel_accuracy"), "search.objectives was"),
-        (tune_job(tmp_path, before, mode="min"), "search.objectives was"),
-    ]
-    for job, difference in others:
-        with pytest.raises(InputError) as caught:
-            search.open_study(job)
-        assert difference in str(caught.value)
-        assert str(caught.value).startswith(f"{tmp_path}/hunt holds another search: ")
-        assert "another name" in str(caught.value)
-    assert (tmp_path / "hunt" / "study.log").read_bytes() == log
-    same = tune_job(
-        tmp_path, before, trials=3, concurrent=2, sampler="cma_es", pruning={}, time_limit="1 hour", max_failures=1
-    )
-    assert len(search.open_study(same).trials) == 1
 
 
 def test_study_on_object_storage(s3_bucket: str, tmp_path: Path) -> None:
@@ -499,15 +476,13 @@ def test_study_on_object_storage(s3_bucket: str, tmp_path: Path) -> None:
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 8
 
     storage.write_bytes(f"{s3_bucket}/runs/hunt/study.log", content + b'{"op_')
-    torn = search.open_study(job)
+    torn = open_study(job)
     assert len(torn.trials) == 8
     draw(torn, job)
-    assert len(search.open_study(job).trials) == 9
-    with pytest.raises(InputError, match=r"search\.epochs was 9 and is 3"):
-        search.open_study(tune_job(f"{s3_bucket}/runs", NUMBERS, epochs=3))
+    assert len(open_study(job).trials) == 9
     storage.write_bytes(f"{s3_bucket}/runs/hunt/study.log", b"nonsense\n")
     with pytest.raises(InputError, match="damaged"):
-        search.open_study(job)
+        open_study(job)
 
 
 def test_storage_that_goes_away_does_not_end_the_search(
@@ -515,7 +490,7 @@ def test_storage_that_goes_away_does_not_end_the_search(
 ) -> None:
     uri = f"{s3_bucket}/hunt/study.log"
     job = tune_job(s3_bucket, NUMBERS)
-    study = search.open_study(job)
+    study = open_study(job)
     before = storage.read_bytes(uri)
     attempts = []
 
@@ -525,32 +500,32 @@ def test_storage_that_goes_away_does_not_end_the_search(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_bytes", away)
-        search.close_study(study)
+        close_study(study)
         draw(study, job)
         assert len(attempts) == 1, "each attempt takes long"
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         with pytest.raises(StorageError):
-            search.close_study(study)
+            close_study(study)
     assert storage.read_bytes(uri) == before
     with monkeypatch.context() as patch:
-        patch.setattr(search, "_PAUSE_S", 0)
+        patch.setattr("raysseg.study._PAUSE_S", 0)
         patch.setattr(storage, "write_bytes", away)
         study.set_user_attr("note", 1)
-    search.close_study(study)
-    assert len(search.open_study(job).trials) == 1
+    close_study(study)
+    assert len(open_study(job).trials) == 1
 
     def refused(uri: str, data: bytes) -> None:
         raise StorageError(uri, "access is denied", "Allow it.")
 
     monkeypatch.setattr(storage, "write_bytes", refused)
     with pytest.raises(StorageError, match="denied"):
-        draw(search.open_study(job), job)
+        draw(open_study(job), job)
 
 
 def test_a_storage_that_is_back_gets_all_with_the_next_change(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "_PAUSE_S", 0)
+    monkeypatch.setattr("raysseg.study._PAUSE_S", 0)
     job = tune_job(s3_bucket, NUMBERS)
-    study = search.open_study(job)
+    study = open_study(job)
 
     def away(uri: str, data: bytes) -> None:
         raise StorageError(uri, "it does not answer", "Wait.", is_transient=True)
@@ -559,4 +534,4 @@ def test_a_storage_that_is_back_gets_all_with_the_next_change(s3_bucket: str, mo
         patch.setattr(storage, "write_bytes", away)
         trial, _ = draw(study, job)
     study.tell(trial, 0.5)
-    assert search.open_study(job).trials[0].value == 0.5
+    assert open_study(job).trials[0].value == 0.5
