@@ -186,10 +186,8 @@ def _page(
 ) -> tuning_page.TuningPage:
     winner = study.get_trials(deepcopy=False)[front[0]]
     weights = winner.user_attrs["overrides"].get(CLASS_WEIGHTS)
-    trained, planned = sum(len(row.history) for row in rows), len(rows) * job.epochs
     facts = {
         "trials": f"{len(rows)} of {search.num_trials(job)}",
-        "epochs": f"{trained} of the {planned} that {len(rows)} whole trials have",
         "sampler": job.search.sampler,
         "pruning": job.search.pruning.rule if job.search.pruning is not None else "none",
     }

@@ -216,6 +216,8 @@ def say_value(value: float) -> str:
 
 def to_name(path: str) -> str:
     """What a parameter is called: its path, of class weights the class."""
+    if path == f"{WEIGHTS}exponent":
+        return "class weights' exponent"
     return f"weight of {path.removeprefix(WEIGHTS)}" if path.startswith(WEIGHTS) else path
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -30,12 +30,22 @@ def s3_server() -> Iterator[str]:
         yield endpoint
 
 
+@pytest.fixture(scope="session")
+def new_bucket(s3_server: str) -> Callable[[], str]:
+    """Makes an empty bucket: s3://name."""
+
+    def make() -> str:
+        name = f"test-{uuid4().hex[:12]}"
+        boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    return make
+
+
 @pytest.fixture
-def s3_bucket(s3_server: str) -> str:
+def s3_bucket(new_bucket: Callable[[], str]) -> str:
     """A new, empty bucket: s3://name."""
-    name = f"test-{uuid4().hex[:12]}"
-    boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket=name)
-    return f"s3://{name}"
+    return new_bucket()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,270 @@
+"""Searches for real: studies on an S3 server or a disk, trials on a local Ray, drivers and trials that are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+import ray
+import ray.util
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from raysseg import config, storage
+from raysseg.config import TuneJob
+from raysseg.outcome import TuneResult
+from raysseg.schema import InputError, RunStopped
+from raysseg.train import train
+from raysseg.tune import tune
+from tests.conftest import example_job, rows
+
+LR = {"optimizer.lr": {"log_uniform": [1e-4, 1e-2]}}
+
+
+def tune_job(data: Path, runs: str, space: dict[str, Any], *overrides: str, **search: Any) -> TuneJob:
+    """A search over a short train job whose trials train in their own process."""
+    base = example_job(str(data), runs, "scaling={workers: 1, max_failures: 1}", *overrides)
+    keys = base.model_dump(mode="json", exclude={"name", "storage", "kind"})
+    raw = {"kind": "tune", "name": "hunt", "storage": runs, "train": keys, "search": {"space": space, **search}}
+    job = config.compose(raw, [])
+    assert isinstance(job, TuneJob)
+    return job
+
+
+def study_of(job: TuneJob, folder: Path) -> list[FrozenTrial]:
+    """The trials as plain Optuna reads them."""
+    log = folder / "study.log"
+    log.write_bytes(storage.read_bytes(f"{job.run_uri}/study.log"))
+    return optuna.load_study(study_name=job.name, storage=JournalStorage(JournalFileBackend(str(log)))).trials
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def num_epochs(job: TuneJob, number: int) -> int:
+    run = f"{job.run_uri}/trials/{number:04d}"
+    return len(rows(run)) if storage.exists(f"{run}/metrics.jsonl") else 0
+
+
+# --- a search -----------------------------------------------------------------------------------------------------
+
+
+SPACE = {**LR, "loss.class_weights": {"exponent": [0.0, 1.0]}, "schedule.decay": {"choice": ["cosine", "polynomial"]}}
+
+
+@pytest.fixture(scope="module")
+def searched(example: Path, new_bucket: Callable[[], str], ray_cluster: None) -> tuple[TuneJob, TuneResult]:
+    """Five trials of three epochs on S3, two at a time, pruned by ASHA."""
+    job = tune_job(example, new_bucket(), SPACE, trials=5, epochs=3, pruning={"rule": "asha", "min_epochs": 1})
+    return job, tune(job)
+
+
+def test_search_has_what_it_promises(searched: tuple[TuneJob, TuneResult], tmp_path: Path) -> None:
+    job, result = searched
+    trials = study_of(job, tmp_path)
+    assert len(trials) == sum(result.trials.values()) == 5
+    assert trials[0].user_attrs["overrides"] == {}, "the first trial has the job's own values"
+    assert trials[0].params["loss.class_weights.exponent"] == 0
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    best = max(complete, key=lambda trial: trial.value or 0)
+    assert result.trial == best.number
+    assert result.metrics["val/miou"] == pytest.approx(best.value, abs=1e-9)
+    assert storage.exists(f"{result.bundle}/bundle.json")
+    for trial in trials:
+        epochs = num_epochs(job, trial.number)
+        assert epochs == (3 if trial.state == TrialState.COMPLETE else trial.last_step)
+        assert not storage.list_files(f"{job.run_uri}/trials/{trial.number:04d}/checkpoints")
+
+
+def test_winner_is_a_job_that_trains_it(searched: tuple[TuneJob, TuneResult], tmp_path: Path) -> None:
+    job, result = searched
+    best = config.parse(yaml.safe_load(storage.read_text(result.best)))
+    assert isinstance(best, config.TrainJob)
+    trial = job.trial_job(result.trial, result.overrides)
+    assert (best.optimizer, best.loss) == (trial.optimizer, trial.loss)
+    assert best.schedule.epochs == 2, "as long as the train job says"
+
+
+def test_tables_hold_every_trial(searched: tuple[TuneJob, TuneResult]) -> None:
+    _, result = searched
+    with storage.open_input(result.table) as file:
+        table = pq.read_table(file)
+    with storage.open_input(result.table.replace(".parquet", ".csv")) as file:
+        lines = pacsv.read_csv(file)
+    assert table["trial"].to_pylist() == lines["trial"].to_pylist() == [0, 1, 2, 3, 4]
+    assert table.column_names == [
+        *("trial", "state", "val/miou", "epochs", "seconds"),
+        *("loss.class_weights.exponent", "optimizer.lr", "schedule.decay", "reason"),
+    ]
+    page = storage.read_text(result.report)
+    assert all(f">{trial}<" in page for trial in range(5))
+
+
+def test_a_trial_is_a_train_run(searched: tuple[TuneJob, TuneResult], example: Path, tmp_path: Path) -> None:
+    job, _ = searched
+    alone = train(
+        job.trial_job(0, {}).model_copy(update={"storage": str(tmp_path), "scaling": config.Scaling(workers=0)})
+    )
+    for ours, theirs in zip(rows(f"{job.run_uri}/trials/0000"), rows(alone.run), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+        assert ours["val/miou"] == pytest.approx(theirs["val/miou"], abs=1e-3)
+
+
+def test_the_same_search_again_trains_nothing(
+    searched: tuple[TuneJob, TuneResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    job, result = searched
+    before = [storage.read_text(f"{job.run_uri}/trials/{i:04d}/metrics.jsonl") for i in range(5)]
+    assert tune(job) == result
+    assert "trials are left" not in caplog.text
+    assert [storage.read_text(f"{job.run_uri}/trials/{i:04d}/metrics.jsonl") for i in range(5)] == before
+
+
+def test_a_search_with_another_space_is_refused(searched: tuple[TuneJob, TuneResult], example: Path) -> None:
+    with pytest.raises(InputError, match=r"exists with other settings: .*search\.space\.optimizer\.lr"):
+        tune(tune_job(example, searched[0].storage, {"optimizer.lr": {"uniform": [0.1, 0.2]}}, trials=5, epochs=3))
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_failed_trials_are_recorded_and_counted(example: Path, tmp_path: Path, ray_cluster: None) -> None:
+    space = {"optimizer.lr": {"choice": [1e-3, 1e30]}, "optimizer.clip_norm": {"choice": [None]}}
+    runs = str(tmp_path / "runs")
+    train_keys = ("optimizer.clip_norm=null", "optimizer.lr=0.001", "schedule.warmup=0")
+    job = tune_job(example, runs, space, *train_keys, sampler="grid", epochs=1, max_failures=0)
+    with pytest.raises(InputError, match=r"search\.max_failures: 1 trials failed, and 0 may\. .*not finite"):
+        tune(job)
+    trials = study_of(job, tmp_path)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert "the gradient is not finite" in trials[1].user_attrs["reason"]
+    more = tune_job(example, runs, space, *train_keys, sampler="grid", epochs=1, max_failures=1)
+    result = tune(more)
+    assert (result.trial, result.trials) == (0, {"complete": 1, "failed": 1})
+
+
+def trial_processes() -> list[int]:
+    """The ids of those that Ray Tune's trials train in."""
+    files = Path("/proc").glob("[0-9]*/cmdline")
+    return [int(file.parent.name) for file in files if b"TrialProcess" in file.read_bytes()]
+
+
+def test_a_killed_trial_goes_on_from_its_checkpoint(
+    example: Path, tmp_path: Path, ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = tune_job(example, str(tmp_path / "runs"), LR, trials=1, epochs=12)
+
+    def kill() -> None:
+        wait_for(lambda: num_epochs(job, 0) >= 2)
+        for process in trial_processes():
+            os.kill(process, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = tune(job)
+    killer.join()
+    assert result.trials == {"complete": 1}
+    assert [row["epoch"] for row in rows(f"{job.run_uri}/trials/0000")] == list(range(12))
+
+
+def test_a_stopped_and_a_killed_search_go_on(example: Path, tmp_path: Path, ray_cluster: None) -> None:
+    """SIGTERM in its first trial, SIGKILL of the driver in its third: no trial runs twice, and none starts anew."""
+    job = tune_job(example, str(tmp_path / "runs"), LR, trials=3, epochs=6, concurrent=1)
+
+    def stop() -> None:
+        wait_for(lambda: num_epochs(job, 0) >= 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(RunStopped, match="goes on from there"):
+        tune(job)
+    stopper.join()
+    assert [trial.state for trial in study_of(job, tmp_path)] == [TrialState.RUNNING]
+    assert num_epochs(job, 0) < 6
+
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    driver = subprocess.Popen([sys.executable, "-m", "raysseg.cli", "tune", str(file)])
+    wait_for(lambda: num_epochs(job, 2) >= 2, 240)
+    driver.kill()
+    driver.wait()
+    first, second = (storage.read_text(f"{job.run_uri}/trials/{i:04d}/metrics.jsonl") for i in range(2))
+    drawn = [trial.params for trial in study_of(job, tmp_path)]
+
+    result = tune(job)
+    assert result.trials == {"complete": 3}
+    assert [storage.read_text(f"{job.run_uri}/trials/{i:04d}/metrics.jsonl") for i in range(2)] == [first, second]
+    assert [row["epoch"] for row in rows(f"{job.run_uri}/trials/0002")] == list(range(6))
+    trials = study_of(job, tmp_path)
+    assert [trial.params for trial in trials] == drawn
+    assert all(sorted(trial.intermediate_values) == list(range(1, 7)) for trial in trials)
+
+
+# --- other searches -----------------------------------------------------------------------------------------------
+
+
+def test_two_objectives_have_a_front(example: Path, tmp_path: Path, ray_cluster: None) -> None:
+    objectives = [{"metric": "val/miou"}, {"metric": "latency_ms"}]
+    space = {**LR, "data.size": {"choice": [None, [32, 32]]}}
+    job = tune_job(example, str(tmp_path / "runs"), space, trials=3, epochs=1, objectives=objectives)
+    result = tune(job)
+    values = {trial.number: trial.values for trial in study_of(job, tmp_path)}
+    assert all(latency > 0 for _, latency in values.values())
+    beaten = {
+        a
+        for a in values
+        for b in values
+        if values[b] != values[a] and values[b][0] >= values[a][0] and values[b][1] <= values[a][1]
+    }
+    assert set(result.front) == set(values) - beaten
+    assert result.trial == max(result.front, key=lambda number: values[number][0])
+
+
+def placement_groups() -> list[dict[str, Any]]:
+    """Those of this driver that hold, or wait for, resources."""
+    mine = ray.get_runtime_context().get_job_id()
+    table = ray.util.placement_group_table()
+    return [group for key, group in table.items() if key.endswith(mine) and group["state"] != "REMOVED"]
+
+
+def test_trials_of_two_workers_take_turns_and_leave_no_placement_group(
+    example: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    space = {"optimizer.lr": {"choice": [1e-3, 1e-9]}}
+    overrides = ("scaling={workers: 2, cpus_per_worker: 0.5}", "optimizer.lr=0.001")
+    pruning = {"rule": "median", "min_epochs": 1, "first_trials": 1}
+    job = tune_job(example, str(tmp_path / "runs"), space, *overrides, sampler="grid", epochs=20, pruning=pruning)
+    most: list[int] = []
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.2):
+            most.append(sum(len(group["bundles"]) == 2 for group in placement_groups()))
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    result = tune(job)
+    is_over.set()
+    looker.join()
+    assert result.trials == {"complete": 1, "pruned": 1}
+    assert num_epochs(job, 1) < 20
+    assert max(most) == 1, "one group of workers at a time"
+    wait_for(lambda: not placement_groups(), 30)
