@@ -1158,6 +1158,8 @@ _ALLOWED = {
     "finite_number": "a finite number",
     "literal_error": "{expected}",
     "too_long": "a list of {max_length}",
+    "too_short": "{min_length} or more of them",
+    "dict_type": "a mapping of keys to values",
     "string_pattern_mismatch": "letters, digits, '.', '-' and '_', beginning with a letter or digit",
     "int_type": "a whole number",
     "int_parsing": "a whole number",
