@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -874,12 +875,12 @@ class TuneJob(BaseJob):
         """The search's folder."""
         return storage.join(self.storage, self.name)
 
-    @property
+    @cached_property
     def epochs(self) -> int:
         """Of a trial."""
         return self.search.epochs or self.train_job({}).schedule.epochs
 
-    @property
+    @cached_property
     def objectives(self) -> tuple[Objective, ...]:
         """What is searched for; the first one names the winner."""
         if self.search.objectives is not None:
@@ -888,6 +889,13 @@ class TuneJob(BaseJob):
         metric = self.search.metric or own.metric
         default = own.mode if metric == own.metric else usual_mode(metric)
         return (Objective(metric=metric, mode=self.search.mode or default),)
+
+    @cached_property
+    def epoch_objective(self) -> Objective:
+        """By which a trial's best epoch is told: the first objective, or the train job's own in place of latency."""
+        own = self.train_job({}).checkpoint
+        first = self.objectives[0]
+        return first if first.metric != LATENCY else Objective(metric=own.metric, mode=own.mode)
 
     def train_job(self, overrides: Mapping[str, Any]) -> TrainJob:
         """The train job, with values by dotted path.
@@ -903,14 +911,14 @@ class TuneJob(BaseJob):
         Raises:
             JobError: the values don't fit.
         """
-        first = self.objectives[0]
         fixed: dict[str, Any] = {
             "name": f"{number:04d}",
             "storage": storage.join(self.run_uri, "trials"),
             "schedule.epochs": self.epochs,
+            "checkpoint.metric": self.epoch_objective.metric,
+            "checkpoint.mode": self.epoch_objective.mode,
+            "validation.where": "inline",  # room beside one trial is another one's
         }
-        if first.metric != LATENCY:
-            fixed |= {"checkpoint.metric": first.metric, "checkpoint.mode": first.mode}
         mlflow = self.train_job({}).trackers.mlflow
         if mlflow is not None and mlflow.experiment is None:
             fixed |= {"trackers.mlflow.experiment": self.name}
@@ -921,7 +929,8 @@ class TuneJob(BaseJob):
         return self._train_keys({"name": f"{self.name}-best", "storage": self.storage, **overrides})
 
     def _train_keys(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        raw = {"kind": "train", "name": self.name, "storage": self.storage, **self.train}
+        s3 = self.s3.model_dump(exclude_none=True)
+        raw = {"kind": "train", "name": self.name, "storage": self.storage, "s3": s3, **self.train}
         for path, value in overrides.items():
             raw = _laid_over(raw, path, value)
         return raw
@@ -929,9 +938,9 @@ class TuneJob(BaseJob):
     @model_validator(mode="before")
     @classmethod
     def _share_storage(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and isinstance(value.get("train"), Mapping) and "storage" in value["train"]:
-            return {"storage": value["train"]["storage"], **value}
-        return value
+        if not isinstance(value, Mapping) or not isinstance(value.get("train"), Mapping):
+            return value
+        return {**{key: value["train"][key] for key in ("storage", "s3") if key in value["train"]}, **value}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -1020,18 +1029,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         JobError: with every mistake found, each with its dotted key, the value, what is allowed and the mend.
     """
     raw = _read_yaml(str(path))
-    if raw.get("kind") == "tune":
-        raw["train"] = _train_keys(raw.get("train"), str(path))
-    return compose(raw, overrides, str(path))
+    if raw.get("kind") != "tune":
+        return compose(raw, overrides, str(path))
+    raw = _naming_file(_overridden(_naming_file(raw), overrides))
+    return compose({**raw, **_train_keys(raw, str(path))}, [], str(path))
 
 
-def _train_keys(train: Any, path: str) -> Any:
-    """The keys of a tune job's train job, of which a file may hold all or some."""
-    given = {"file": train} if isinstance(train, str) else train
+def _naming_file(raw: dict[str, Any]) -> dict[str, Any]:
+    """A tune job whose `train` is a mapping, where it is a path."""
+    return {**raw, "train": {"file": raw["train"]}} if isinstance(raw.get("train"), str) else raw
+
+
+def _train_keys(raw: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The `train` of a tune job, with the keys of the file that it names."""
+    given = raw.get("train")
     if not isinstance(given, Mapping) or not isinstance(given.get("file"), str):
-        return train
-    keys = {key: value for key, value in given.items() if key != "file"}
-    return _merged(_read_yaml(_beside(path, _expanded(given["file"], path))), keys)
+        return {}
+    file = _beside(path, _expanded(given["file"], path))
+    read = _read_yaml(file)
+    if read.get("kind", "train") != "train":
+        raise JobError(f"{path}: train: {file} is of the kind {json.dumps(read['kind'])}; a train job is needed")
+    return {"train": _merged(_expanded(read, file), {key: value for key, value in given.items() if key != "file"})}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

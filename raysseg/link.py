@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntFlag
@@ -52,23 +52,25 @@ class Signals:
 
     Attributes:
         received: the first one's number.
+        answer: what happens then, for people.
     """
 
     received: int | None = None
+    answer: str = "the run is saved and ends after this step"
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
         name = signal.Signals(number).name
-        text = f"raysseg: {name}: the run is saved and ends after this step; once more, and it ends at once\n"
+        text = f"raysseg: {name}: {self.answer}; once more, and it ends at once\n"
         os.write(sys.stderr.fileno(), text.encode())  # logging may be in the middle of a line
 
 
 @contextmanager
-def signals_noted() -> Iterator[Signals]:
+def signals_noted(signals: Signals | None = None) -> Iterator[Signals]:
     """Takes the signals that end a process as a question, for the length of the block; in the main thread alone."""
-    signals = Signals()
+    signals = signals or Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
@@ -99,3 +101,26 @@ class Alone:
     def is_preempted(self) -> bool:
         """Never: a process has no notice of that."""
         return False
+
+
+class Beside:
+    """A call in a thread of its own, so that this one stays free for signals."""
+
+    def __init__(self, act: Callable[[], object], name: str) -> None:
+        self._act = act
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def is_over(self, wait_s: float | None = 1.0) -> bool:
+        """Waits for a while, or for its end; raises what the call raised."""
+        self._thread.join(wait_s)
+        if self._error is not None:
+            raise self._error
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._act()
+        except BaseException as error:  # whoever waits for it gets it
+            self._error = error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
@@ -48,22 +48,19 @@ def _initials(key: str) -> str:
     return "".join(word[:1] for word in key.split("_"))
 
 
-def _is_interval(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d* (step|epoch|second|minute|hour)s?", text):
-        raise ValueError("allowed: a number and its unit, such as `500 steps`, `10 minutes` or `1 epoch`")
-    return text
+def _number_and_unit(units: str, examples: str) -> BeforeValidator:
+    def check(text: Any) -> Any:
+        if not isinstance(text, str) or not re.fullmatch(rf"[1-9]\d* ({units})s?", text):
+            raise ValueError(f"allowed: a number and its unit, such as {examples}")
+        return text
+
+    return BeforeValidator(check)
 
 
-def _is_duration(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d* (second|minute|hour)s?", text):
-        raise ValueError("allowed: a number and its unit, such as `90 seconds`, `10 minutes` or `2 hours`")
-    return text
-
-
-Interval = Annotated[str, AfterValidator(_is_interval)]
+Interval = Annotated[str, _number_and_unit("step|epoch|second|minute|hour", "`500 steps`, `10 minutes` or `1 epoch`")]
 """Such as `500 steps`, `10 minutes` or `1 epoch`."""
 
-Duration = Annotated[str, AfterValidator(_is_duration)]
+Duration = Annotated[str, _number_and_unit("second|minute|hour", "`90 seconds`, `10 minutes` or `2 hours`")]
 """Such as `90 seconds`, `10 minutes` or `2 hours`."""
 
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600}

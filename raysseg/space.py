@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -22,7 +23,7 @@ Scalar = bool | int | float | str | None
 class Dimension(Section):
     """What a path of the train job is searched over."""
 
-    when: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
+    when: dict[str, Scalar | Annotated[tuple[Scalar, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Other paths of the space and the values, one or a list, that they must have; else the train job's own value
     stands."""
 
@@ -272,6 +273,11 @@ class Search(Section):
         if self.objectives is not None and self.pruning is not None:
             message = "ends trials by one objective, and there are several; leave it out"
             raise PydanticCustomError("pruning", message, {"key": "pruning"})
+        if self.objectives is not None and len({one.metric for one in self.objectives}) < len(self.objectives):
+            raise PydanticCustomError("twice", "name a metric twice; keep one", {"key": "objectives"})
+        if self.metric == LATENCY and self.pruning is not None:
+            message = "goes by each epoch's metrics, and `latency_ms` is none of them; leave it out"
+            raise PydanticCustomError("pruning", message, {"key": "pruning"})
         if self.objectives is not None and self.sampler == "cma_es":
             raise PydanticCustomError("sampler", "cma_es takes one objective; take tpe", {"key": "sampler"})
         return self
@@ -282,7 +288,14 @@ def _flat_space(space: Mapping[str, Any], path: str = "") -> Iterator[tuple[str,
     for key, value in space.items():
         inner = f"{path}{key}"
         is_nested = isinstance(value, Mapping) and value and all(isinstance(part, Mapping) for part in value.values())
+        is_nested = is_nested and not value.keys() & {"when", *_DIMENSIONS}
         yield from _flat_space(value, f"{inner}.") if is_nested else [(inner, value)]
+
+
+def overlap(path: str, other: str) -> bool:
+    """Whether one of two dotted paths is, or lies below, the other."""
+    shorter, longer = sorted((path.split("."), other.split(".")), key=len)
+    return longer[: len(shorter)] == shorter
 
 
 def _check_dimension(path: str, dimension: Dimension, search: Search) -> None:
@@ -294,7 +307,7 @@ def _check_dimension(path: str, dimension: Dimension, search: Search) -> None:
         raise PydanticCustomError("weights", message, key | {"shape": dimension.shape, "path": CLASS_WEIGHTS})
     if isinstance(dimension, Integers) and dimension.log and (dimension.step > 1 or dimension.between[0] < 1):
         raise PydanticCustomError("log", "`log` takes no `step`, and whole numbers from 1 on", key)
-    if path.split(".")[0] in _FIXED or path in _FIXED:
+    if any(overlap(path, fixed) for fixed in _FIXED):
         message = "is the same for all trials{mend}"
         mend = "; set search.epochs" if path == "schedule.epochs" else "; leave it out of the space"
         raise PydanticCustomError("fixed", message, key | {"mend": mend})
@@ -314,6 +327,13 @@ _FIXED = (
 
 def _check_conditions(space: Mapping[str, Dimension]) -> None:
     for path, dimension in space.items():
+        for other, values in dimension.conditions.items():
+            choices = space[other].extremes if isinstance(space.get(other), Choice) else values
+            if not set(values) & {choice for choice in choices if isinstance(choice, Scalar)}:
+                message = "asks `{other}` for a value that it never has; allowed: {allowed}"
+                allowed = ", ".join(map(json.dumps, choices))
+                context = {"key": f"space.{path}.when", "other": other, "allowed": allowed}
+                raise PydanticCustomError("when", message, context)
         seen = [path]
         queue = [*dimension.when]
         while queue:

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,29 @@ def close_study(study: optuna.Study) -> None:
     Raises:
         StorageError: it is still away, or refuses.
     """
-    journal = study._storage._backend if isinstance(study._storage, JournalStorage) else None
-    if isinstance(journal, _RemoteJournal):
+    journal = _remote_journal(study)
+    if journal is not None:
         journal.flush()
+
+
+@contextmanager
+def together(study: optuna.Study) -> Iterator[None]:
+    """The changes of the block reach a remote storage in one go."""
+    journal = _remote_journal(study)
+    if journal is None:
+        yield
+        return
+    journal.is_held = True
+    try:
+        yield
+    finally:
+        journal.is_held = False
+        journal.save()
+
+
+def _remote_journal(study: optuna.Study) -> _RemoteJournal | None:
+    journal = study._storage._backend if isinstance(study._storage, JournalStorage) else None
+    return journal if isinstance(journal, _RemoteJournal) else None
 
 
 def _direction(mode: str) -> StudyDirection:
@@ -104,6 +126,7 @@ class _RemoteJournal(BaseJournalBackend):
         self._logs: list[dict[str, Any]] | None = None
         self._is_saved = True
         self._not_before = 0.0
+        self.is_held = False
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
         if self._logs is None:
@@ -117,7 +140,11 @@ class _RemoteJournal(BaseJournalBackend):
         self._logs += [json.loads(line) for line in lines]
         self._content += "".join(f"{line}\n" for line in lines).encode()
         self._is_saved = False
-        if time.monotonic() < self._not_before:
+        self.save()
+
+    def save(self) -> None:
+        """Puts what is not on storage yet, unless changes are held back or the storage has just failed."""
+        if self.is_held or time.monotonic() < self._not_before:
             return
         try:
             self.flush()

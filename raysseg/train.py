@@ -83,7 +83,8 @@ def _train(plan: Plan) -> None:
 
 def iter_epochs_here(plan: Plan, signals: Signals) -> Generator[Saved, None, None]:
     """Trains in this process, without Ray; yields each epoch once it is on storage."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    has_gpu = torch.cuda.is_available() and plan.job.scaling.gpus_per_worker != 0
+    device = torch.device("cuda" if has_gpu else "cpu")
     try:
         yield from train_epochs(plan, iter_chunks, device, Alone(signals))
         return

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from raysseg import storage
 from raysseg.conductor import Conductor, Judge, Line, Steward, release_former
 from raysseg.config import Scaling, TrainJob
 from raysseg.data import stream
-from raysseg.link import Signals, Wish
+from raysseg.link import Beside, Signals, Wish
 from raysseg.runtime import as_input_error, gpus_per_worker, log_to_stderr
 from raysseg.saver import Saved
 from raysseg.schema import InputError
@@ -98,18 +97,8 @@ def _look_after(
     fit: Callable[[], ray.train.Result], conductor: ActorHandle, signals: Signals, step_timeout_s: float
 ) -> None:
     """Waits for the run in a way that signals come through; replaces workers that are stuck."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            fit()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="raysseg-fit", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(1.0)
+    running = Beside(fit, "raysseg-fit")
+    while not running.is_over():
         if signals.received is not None:
             conductor.ask.remote(Wish.STOP)
         for sign, actor in ray.get(conductor.stuck.remote(step_timeout_s)):
@@ -123,8 +112,6 @@ def _look_after(
                 step_timeout_s,
             )
             ray.kill(actor)
-    if errors:
-        raise errors[0]
 
 
 def _leaves_cpus(scaling: Scaling, gpus: float) -> bool:

@@ -6,13 +6,15 @@ of Ray Train.
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -20,18 +22,19 @@ import ray.tune
 import torch
 
 from raysseg import standing, storage
-from raysseg.config import Scaling, TrainJob, TuneJob
+from raysseg.config import TrainJob
 from raysseg.data.batches import Pair, iter_pairs
 from raysseg.data.decode import Pixels
 from raysseg.data.index import SampleIndex
 from raysseg.desk import Account
 from raysseg.inputs import Inputs, build_plan
-from raysseg.link import Signals
+from raysseg.link import Beside, Signals
+from raysseg.place import trains_here
 from raysseg.predictor import Predictor
 from raysseg.runtime import gpus_per_worker, log_to_stderr
 from raysseg.schema import ClassMap, InputError, Task
+from raysseg.space import LATENCY
 from raysseg.standing import History
-from raysseg.storage import StorageError
 from raysseg.train import MOVABLE, iter_epochs_here
 from raysseg.trainer import train_on_ray
 from raysseg.worker import Plan
@@ -39,6 +42,7 @@ from raysseg.worker import Plan
 _LOOK_S = 2.0  # between two looks at a run of Ray Train
 _TIMED = 10  # predictions, after some that warm up
 _WARM_UP = 3
+_OUTAGE_S = 60.0  # for which a storage that went away is left alone
 
 logger = logging.getLogger(__name__)
 
@@ -48,21 +52,14 @@ class Shared:
     """What all trials of a search have in common.
 
     Attributes:
-        job: the search.
-        inputs: of its train job.
-        threads: of a trial that trains in its own process.
-        is_timed: whether latency is an objective.
+        inputs: of the train job.
+        objectives: what is searched for, and the metric by which epochs are ranked.
+        threads: of a trial that trains in its own process, at most.
     """
 
-    job: TuneJob
     inputs: Inputs
+    objectives: frozenset[str]
     threads: int
-    is_timed: bool
-
-
-def trains_here(scaling: Scaling) -> bool:
-    """Whether a trial trains in its own process."""
-    return scaling.max_workers <= 1
 
 
 class TrialProcess(ray.tune.Trainable):  # type: ignore[misc]
@@ -72,14 +69,17 @@ class TrialProcess(ray.tune.Trainable):  # type: ignore[misc]
         """Begins with the first trial."""
         log_to_stderr()
         logging.getLogger("raysseg").setLevel(logging.WARNING)  # the search tells how its trials go
-        torch.set_num_threads(shared.threads)
+        torch.set_num_threads(min(shared.threads, os.cpu_count() or 1))
         self._shared = shared
-        self._take(config)
+        self._take(config["job"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Leaves a trial for the next one."""
-        self._leave()
-        self._take(new_config)
+        try:
+            self._leave()
+        except Exception:  # which is no concern of the next one
+            logger.exception("trial %s ended badly", self._job.name)
+        self._take(new_config["job"])
         return True
 
     def cleanup(self) -> None:
@@ -87,47 +87,56 @@ class TrialProcess(ray.tune.Trainable):  # type: ignore[misc]
         self._leave()
 
     def step(self) -> dict[str, Any]:
-        """Trains an epoch, or waits a while for one; whatever goes wrong becomes the trial's reason to fail."""
+        """Trains an epoch, or waits a while for one; what goes wrong becomes the trial's reason to fail.
+
+        Where another attempt, in a new process, may do better, the error is raised, and Ray Tune makes that attempt.
+        """
         try:
-            account = self._advance()
+            account = self._finish() if self._advance() else self._account()
         except Exception as error:
+            if getattr(error, "is_transient", False):
+                time.sleep(_OUTAGE_S)
+                raise
+            if isinstance(error, torch.AcceleratorError):  # this process can use the GPU no more
+                raise
             if not isinstance(error, InputError):
-                logger.exception("trial %d failed", self._number)
-            account = Account(self._number, self._history(), True, self._seconds(), reason=_reason_of(error))
+                logger.exception("trial %s failed", self._job.name)
+            account = replace(self._account(), is_over=True, reason=_reason_of(error))
         return {"account": account, "done": account.is_over}
 
-    def _take(self, config: dict[str, Any]) -> None:
-        self._number, self._overrides = int(config["number"]), dict(config["overrides"])
+    def _take(self, job: TrainJob) -> None:
+        self._job = job
         self._began = time.monotonic()
-        self._job: TrainJob | None = None
         self._training: Training | None = None
 
-    def _advance(self) -> Account:
+    def _advance(self) -> bool:
+        """Goes on with the trial; returns whether that was its last epoch."""
         if self._training is None:
-            self._job = self._shared.job.trial_job(self._number, self._overrides)
             standing.open_run(self._job, MOVABLE)
             plan = build_plan(self._job, self._shared.inputs)
             self._training = TrainingHere(plan) if trains_here(self._job.scaling) else TrainingOnRay(plan)
-        goes_on = self._training.advance()
-        history = self._history()
-        assert self._job is not None
-        if goes_on and len(history) < self._job.schedule.epochs:
-            return Account(self._number, history, False, self._seconds())
+        return not self._training.advance() or len(self._history()) >= self._job.schedule.epochs
+
+    def _finish(self) -> Account:
+        """What is left to do after the last epoch."""
+        assert self._training is not None
         while self._training.advance():
-            pass  # the last epoch is on storage; what comes after it ends soon
-        latency_ms = self._time_prediction(self._job) if self._shared.is_timed else None
-        return Account(self._number, self._history(), True, self._seconds(), latency_ms)
+            pass  # that epoch is on storage; what comes after it ends soon
+        account = replace(self._account(), is_over=True)
+        return replace(account, latency_ms=self._time_prediction()) if LATENCY in self._shared.objectives else account
+
+    def _account(self) -> Account:
+        return Account(int(self._job.name), self._history(), seconds=time.monotonic() - self._began)
 
     def _history(self) -> History:
-        if self._job is None or not storage.exists(storage.join(self._job.run_uri, "metrics.jsonl")):
+        """The rows of the epochs so far, as far as they decide anything."""
+        if not storage.exists(storage.join(self._job.run_uri, "metrics.jsonl")):
             return []
-        return standing.read_history(self._job)
+        kept = {"epoch", *self._shared.objectives}
+        return [{name: row[name] for name in kept & row.keys()} for row in standing.read_history(self._job)]
 
-    def _seconds(self) -> float:
-        return time.monotonic() - self._began
-
-    def _time_prediction(self, job: TrainJob) -> float:
-        inputs = self._shared.inputs
+    def _time_prediction(self) -> float:
+        job, inputs = self._job, self._shared.inputs
         image = _first_image(inputs.splits["val"], inputs.classes, job.task)
         if trains_here(job.scaling):
             return time_prediction(job, image)
@@ -140,11 +149,14 @@ class TrialProcess(ray.tune.Trainable):  # type: ignore[misc]
         if self._training is not None:
             self._training.close()
         self._training = None
+        gc.collect()  # of its model, before the next one's
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def _reason_of(error: BaseException) -> str:
+def _reason_of(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, InputError | StorageError) else f"{type(error).__name__}: {lines[-1]}"
+    return lines[0] if isinstance(error, InputError) else f"{type(error).__name__}: {lines[-1]}"
 
 
 def _first_image(index: SampleIndex, classes: ClassMap, task: Task) -> Pixels:
@@ -156,7 +168,8 @@ def _first_image(index: SampleIndex, classes: ClassMap, task: Task) -> Pixels:
 def time_prediction(job: TrainJob, image: Pixels) -> float:
     """Milliseconds, in the median, in which a run's best model predicts an image, (H, W, 3) uint8."""
     bundle_uri = storage.join(job.run_uri, standing.read_best(job)["bundle"])
-    predictor = Predictor(bundle_uri, precision=job.precision, inference=job.inference)
+    device = "cpu" if job.scaling.gpus_per_worker == 0 else None
+    predictor = Predictor(bundle_uri, device=device, precision=job.precision, inference=job.inference)
     seconds = [_seconds_of(lambda: predictor.predict([image])) for _ in range(_WARM_UP + _TIMED)]
     return 1000 * statistics.median(seconds[_WARM_UP:])
 
@@ -198,29 +211,17 @@ class TrainingHere:
 
 
 class TrainingOnRay:
-    """A run of Ray Train, in a thread that waits for it."""
+    """A run of Ray Train, which a thread waits for."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
         self._signals = Signals()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="raysseg-trial", daemon=True)
-        self._thread.start()
+        self._running = Beside(partial(train_on_ray, plan, self._signals), "raysseg-trial")
 
     def advance(self) -> bool:
         """Waits a while."""
-        self._thread.join(_LOOK_S)
-        if self._error is not None:
-            raise self._error
-        return self._thread.is_alive()
+        return not self._running.is_over(_LOOK_S)
 
     def close(self) -> None:
         """Has it saved, and waits for its workers' end."""
         self._signals.received = signal.SIGTERM
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            train_on_ray(self._plan, self._signals)
-        except BaseException as error:  # whoever looks on gets it
-            self._error = error
+        self._running.is_over(None)

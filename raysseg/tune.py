@@ -7,14 +7,15 @@ new one, with the trials that were under way and those that are still to come.
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 import ray.tune
 from optuna.trial import TrialState
@@ -23,20 +24,20 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from raysseg import search, standing
-from raysseg.config import Scaling, TuneJob
+from raysseg import place, search, standing
+from raysseg.config import TuneJob
 from raysseg.desk import Desk, values_of
 from raysseg.inputs import Inputs, known_metrics, read_inputs
-from raysseg.link import Signals, signals_noted
+from raysseg.link import Beside, Signals, signals_noted
 from raysseg.outcome import TuneResult, conclude
-from raysseg.runtime import connect, gpus_per_worker, log_to_stderr
+from raysseg.runtime import connect, log_to_stderr
 from raysseg.schema import InputError, RunStopped
 from raysseg.section import seconds_of
-from raysseg.space import CLASS_WEIGHTS, LATENCY
+from raysseg.space import CLASS_WEIGHTS, LATENCY, overlap
 from raysseg.study import close_study, open_study
 from raysseg.trackers import check_trackers
 from raysseg.train import MOVABLE as TRAIN_MOVABLE
-from raysseg.trial import Shared, TrialProcess, trains_here
+from raysseg.trial import Shared, TrialProcess
 
 MOVABLE = (
     *(f"search.{key}" for key in ("trials", "concurrent", "time_limit", "sampler", "pruning", "max_failures")),
@@ -53,18 +54,21 @@ def tune(job: TuneJob) -> TuneResult:
     """Runs a search; the same job again goes on where it stopped.
 
     Raises:
-        InputError: the data can't be used, the search exists with other settings, or too many trials failed.
+        InputError: the data can't be used or have changed, the search exists with other settings, a trial has no place
+            in the cluster, too many trials failed, or none has come to its end.
         StorageError: a source or the storage can't be reached.
-        RunStopped: SIGTERM, Ctrl-C or the time limit ended it; what it has found is kept.
+        RunStopped: SIGTERM or Ctrl-C ended it; what it has found is kept.
     """
     base = job.train_job({})
     check_trackers(base)
-    balancing = {CLASS_WEIGHTS, "data.oversample"} & job.search.space.keys()
-    inputs = read_inputs(base, is_balanced=bool(balancing))
+    balancing = (CLASS_WEIGHTS, "data.oversample")
+    is_balanced = any(overlap(path, key) for path in job.search.space for key in balancing)
+    inputs = read_inputs(base, is_balanced=is_balanced)
     _check_objectives(job, known_metrics(base, inputs.classes))
     standing.open_run(job, MOVABLE)
     study = open_study(job)
     try:
+        _check_data(job, study, inputs)
         desk = Desk(job, study, inputs)
         if desk.num_left:
             _run_trials(job, desk, inputs)
@@ -80,22 +84,42 @@ def _check_objectives(job: TuneJob, known: Sequence[str]) -> None:
             raise InputError(f"search.metric: received {objective.metric!r}; allowed: {allowed}")
 
 
+def _check_data(job: TuneJob, study: optuna.Study, inputs: Inputs) -> None:
+    """Scores over other data would not be comparable."""
+    now = {split: index.fingerprint for split, index in inputs.splits.items()}
+    before = study.user_attrs.get("data", now)
+    changed = [f"data.{split}" for split in now if before[split] != now[split]]
+    if changed:
+        raise InputError(
+            f"{job.run_uri}: {' and '.join(changed)} changed since this search began; give the job another name, or "
+            "bring the data back"
+        )
+    if "data" not in study.user_attrs:
+        study.set_user_attr("data", now)
+
+
+# --- Ray Tune's side ----------------------------------------------------------------------------------------------
+
+
 def _run_trials(job: TuneJob, desk: Desk, inputs: Inputs) -> None:
-    """All trials that are left; RunStopped where a signal or the time limit ended them."""
-    desk.check_failures()
+    """All trials that are left, or as many as the time allows; RunStopped where a signal ended them."""
     connect()
     scaling = job.train_job({}).scaling
-    is_here = trains_here(scaling)
-    room = _room(job, scaling)
-    threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // room)
-    is_timed = any(objective.metric == LATENCY for objective in job.objectives)
-    process = ray.tune.with_parameters(TrialProcess, shared=Shared(job, inputs, threads, is_timed))
-    logger.info("%d trials are left; %d at a time", desk.num_left, room)
-    with tempfile.TemporaryDirectory(prefix="raysseg-tune-") as scratch, signals_noted() as signals:
+    room = partial(place.room, scaling, job.search.concurrent)
+    num_places = room()
+    threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_places)
+    objectives = frozenset(objective.metric for objective in (*job.objectives, job.epoch_objective))
+    process = ray.tune.with_parameters(TrialProcess, shared=Shared(inputs, objectives, threads))
+    logger.info("%d trials are left; %d at a time", desk.num_left, num_places)
+    answer = Signals(answer="the search ends; trials under way go on from their checkpoints with the same command")
+    with tempfile.TemporaryDirectory(prefix="raysseg-tune-") as scratch, signals_noted(answer) as signals:
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(process, _resources(scaling)),
+            ray.tune.with_resources(process, place.resources(scaling)),
             tune_config=ray.tune.TuneConfig(
-                search_alg=_Asker(desk, lambda: _room(job, scaling)), num_samples=desk.num_left, reuse_actors=is_here
+                search_alg=_Asker(desk, room),
+                num_samples=desk.num_left,
+                reuse_actors=place.trains_here(scaling),
+                trial_dirname_creator=_name,
             ),
             run_config=ray.tune.RunConfig(
                 name=job.name,
@@ -108,37 +132,24 @@ def _run_trials(job: TuneJob, desk: Desk, inputs: Inputs) -> None:
             ),
         )
         _look_on(tuner.fit, job, desk, signals)
-    desk.check_failures()
+    if desk.error is not None:
+        raise desk.error
     if signals.received is not None:
         raise RunStopped(f"{job.run_uri} keeps what was found; the same command goes on from there", signals.received)
 
 
-def _room(job: TuneJob, scaling: Scaling) -> int:
-    """How many trials may run at once. Those of several workers reserve their places themselves: they must fit."""
-    there, gpus = ray.cluster_resources(), gpus_per_worker(scaling)
-    workers = max(1, scaling.max_workers)
-    cpus = there.get("CPU", 0.0)
-    by_cpus = cpus / _num_cpus(scaling) if trains_here(scaling) else (cpus - 1) / (workers * scaling.cpus_per_worker)
-    by_gpus = there.get("GPU", 0.0) / (workers * gpus) if gpus else math.inf
-    fits = max(1, int(min(by_cpus, by_gpus)))
-    wanted = job.search.concurrent or fits
-    return wanted if trains_here(scaling) else min(wanted, fits)
+def _name(trial: ray.tune.experiment.Trial) -> str:
+    return str(trial.trial_id)
 
 
-def _num_cpus(scaling: Scaling) -> float:
-    """That a trial in its own process holds."""
-    return max(1.0, scaling.cpus_per_worker)
+class _Unkept:
+    """Ray Tune keeps copies of what it calls, for a search that it would restore; ours is restored by its study."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
-def _resources(scaling: Scaling) -> dict[str, float]:
-    """What Ray Tune reserves for a trial; one of several workers only looks on, and would take a CPU from them."""
-    if not trains_here(scaling):
-        return {"memory": 1e6}
-    gpus = gpus_per_worker(scaling)
-    return {"CPU": _num_cpus(scaling)} | ({"GPU": gpus} if gpus else {})
-
-
-class _Asker(Searcher):  # type: ignore[misc]
+class _Asker(_Unkept, Searcher):  # type: ignore[misc]
     """Begins trials as there is room for them."""
 
     def __init__(self, desk: Desk, room: Callable[[], int]) -> None:
@@ -148,29 +159,26 @@ class _Asker(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial; None: not now."""
-        if len(self._running) >= self._room():
+        if self._running and len(self._running) >= self._room():
             return None
-        trial = self._desk.next_trial()
-        if trial is None:
+        job = self._desk.next_trial()
+        if job is None:
             return str(Searcher.FINISHED)
         self._running.add(trial_id)
-        return trial
+        return {"job": job}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Its place is free."""
         self._running.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is kept elsewhere."""
+        """Nothing."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
-
-class _Stopper(ray.tune.Stopper):  # type: ignore[misc]
+class _Stopper(_Unkept, ray.tune.Stopper):  # type: ignore[misc]
     """Passes on what trials tell, and ends those that the study is through with."""
 
     def __init__(self, desk: Desk) -> None:
@@ -183,11 +191,8 @@ class _Stopper(ray.tune.Stopper):  # type: ignore[misc]
         """Whether the search ends here."""
         return self._desk.is_closing
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
-
-class _Watcher(ray.tune.Callback):  # type: ignore[misc]
+class _Watcher(_Unkept, ray.tune.Callback):  # type: ignore[misc]
     """Hears of trials whose process has failed for good."""
 
     def __init__(self, desk: Desk) -> None:
@@ -195,38 +200,23 @@ class _Watcher(ray.tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Records it."""
-        lines = str(trial.get_error() or "its process died").strip().splitlines()
-        self._desk.fail(int(trial.config["number"]), lines[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+        file = Path(trial.error_file) if trial.error_file else None
+        lines = file.read_text().strip().splitlines() if file is not None and file.exists() else []
+        self._desk.fail(int(trial.config["job"].name), lines[-1].strip() if lines else "its process died")
 
 
 def _look_on(fit: Callable[[], object], job: TuneJob, desk: Desk, signals: Signals) -> None:
     """Waits for Ray Tune in a way that signals come through, and shows how the trials stand."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            fit()
-        except BaseException as error:
-            errors.append(error)
-
     limit_s = seconds_of(job.search.time_limit) if job.search.time_limit is not None else None
     began = time.monotonic()
-    thread = threading.Thread(target=run, name="raysseg-search", daemon=True)
-    thread.start()
+    running = Beside(fit, "raysseg-search")
     with _shown_live(lambda: _table(job, desk)):
-        while thread.is_alive():
-            thread.join(1.0)
+        while not running.is_over():
             is_late = limit_s is not None and time.monotonic() - began > limit_s
             if is_late and not desk.is_closing:
-                logger.info(
-                    "search.time_limit: %s are over; the trials under way are left as they stand", job.search.time_limit
-                )
-            desk.is_closing |= signals.received is not None or is_late
-    if errors:
-        raise errors[0]
+                logger.info("search.time_limit (%s): the trials under way are ended", job.search.time_limit)
+            if is_late or signals.received is not None:
+                desk.is_closing = True
 
 
 @contextmanager
