@@ -13,7 +13,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pyarrow as pa
 
 from benchmarks.memory import MIB, descendants, held
 from benchmarks.results import compare, device_name, write_result
@@ -44,7 +43,7 @@ def draw_shards(root: Path, number: int) -> None:
         ).rows
         for part, start in enumerate(range(0, number, PER_FILE))
     ]
-    shards.finish(str(root), pa.concat_tables(rows), EXAMPLE_CLASSES)
+    shards.finish(str(root), rows, EXAMPLE_CLASSES)
 
 
 def iter_scenes(start: int, stop: int) -> Iterator[Sample]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import tempfile
 from dataclasses import asdict, dataclass
@@ -87,6 +89,16 @@ def read(uri: str) -> Bundle:
         inference=Inference.model_validate(content["inference"]),
         versions=content["versions"],
     )
+
+
+def identify(uri: str) -> str:
+    """Tells bundles apart by what they hold, wherever they lie and however they scored.
+
+    Raises:
+        StorageError: there is no whole bundle.
+    """
+    content = {key: value for key, value in storage.read_manifest(uri, MANIFEST).items() if key != "metrics"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load(bundle: Bundle) -> SegModel:

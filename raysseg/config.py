@@ -157,8 +157,8 @@ class HuggingFaceSource(Source):
     """Folder of one split."""
     image: str = "image"
     """Column of images."""
-    mask: str = "label"
-    """Column of label images."""
+    mask: str | None = "label"
+    """Column of label images; null: there is none."""
 
 
 class ShardsSource(Source):
@@ -789,6 +789,70 @@ class ShardJob(DataJob):
     output: ShardOutput
 
 
+class PredictOutput(Section):
+    """Where predictions go, and in which form."""
+
+    format: Literal["coco", "masks", "coco_panoptic", "shards"]
+    """coco: a COCO data set with scores, and COCO results; masks: PNG id maps; coco_panoptic: JSON and PNG; shards:
+    Parquet with the images. See OUTPUTS for what suits which task."""
+    uri: Uri
+    """Folder of its own; a run that was broken off is taken up again there."""
+    rows_per_file: Annotated[int, Field(ge=1)] = 128
+    """Images that are finished in one go, rounded up to whole batches: what is lost at most where a run breaks off."""
+    rows_per_group: Annotated[int, Field(ge=1)] = 32
+    """Of shards: samples that are read at once, at most."""
+
+
+OUTPUTS: dict[Task, tuple[str, ...]] = {
+    "semantic": ("masks", "coco", "shards"),
+    "instance": ("coco", "shards"),
+    "panoptic": ("coco_panoptic", "masks", "shards"),
+}
+"""The formats that can hold a task's predictions."""
+
+
+class PredictJob(BaseJob):
+    """A bundle's predictions over a data set, with or without labels."""
+
+    kind: Literal["predict"]
+    bundle: Uri
+    data: AnySource
+    """Its images alone are read, unless `metrics` asks for the labels."""
+    output: PredictOutput
+    metrics: bool | tuple[MetricName, ...] = False
+    """true: score the predictions by the labels of `data`; a list: with these beside the task's own, see TrainJob."""
+    inference: Inference = Inference()
+    """Keys that are left out are as the bundle was validated."""
+    batch: Batch = Batch()
+    precision: Precision = "auto"
+    scaling: Scaling = Scaling()
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether there are metrics."""
+        return self.metrics is not False
+
+    @property
+    def more_metrics(self) -> tuple[str, ...]:
+        """Those beside the task's own."""
+        return () if isinstance(self.metrics, bool) else self.metrics
+
+    @property
+    def source(self) -> AnySource:
+        """What is read: masks of which nothing is asked need not be there."""
+        is_idle = isinstance(self.data, MasksSource) and not self.is_scored
+        return self.data.model_copy(update={"masks": None}) if is_idle else self.data
+
+    @model_validator(mode="after")
+    def _has_images(self) -> Self:
+        if getattr(self.data, "images", "") is None:
+            raise PydanticCustomError("images", "missing: a bundle predicts from images", {"key": "data.images"})
+        if self.is_scored and isinstance(self.data, MasksSource) and self.data.masks is None:
+            message = "missing: `metrics` need a truth to score by"
+            raise PydanticCustomError("masks", message, {"key": "data.masks"})
+        return self
+
+
 class Splits(Section):
     """The splits of a data set, as a train job has them."""
 
@@ -970,11 +1034,12 @@ def _laid_over(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     return {**raw, key: _laid_over(below, rest, value) if rest else value}
 
 
-Job = TrainJob | EvaluateJob | ShardJob | InspectJob | ExportJob | TuneJob
+Job = TrainJob | EvaluateJob | PredictJob | ShardJob | InspectJob | ExportJob | TuneJob
 JOBS: dict[str, type[Job]] = {
     "train": TrainJob,
     "tune": TuneJob,
     "evaluate": EvaluateJob,
+    "predict": PredictJob,
     "shard": ShardJob,
     "inspect": InspectJob,
     "export": ExportJob,

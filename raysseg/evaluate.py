@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from itertools import chain
 
 import numpy as np
@@ -15,12 +14,12 @@ import numpy.typing as npt
 
 from raysseg import bundle as bundles
 from raysseg import masks, report, storage
-from raysseg.config import EvaluateJob, Inference, Precision
+from raysseg.config import EvaluateJob
 from raysseg.data import read_class_map, read_index, read_predictions, read_samples
 from raysseg.data.batches import Pair, iter_pairs
 from raysseg.data.index import Failure, SampleIndex, write_failures
 from raysseg.metrics import Metrics, State
-from raysseg.predictor import Predicted, Predictor, predict_pairs, resolve_inference
+from raysseg.predictor import Predicted, kept_predictor, predict_pairs, resolve_inference
 from raysseg.runtime import num_shares, spread
 from raysseg.schema import ClassMap, InputError, Sample
 
@@ -264,7 +263,7 @@ def _iter_predicted(shared: _Shared, share: int, *, with_images: bool) -> Iterat
     )
     if shared.predictions is None:
         assert shared.job.bundle is not None, "the job's validator asks for one of them"
-        predictor = _predictor(shared.job.bundle, shared.job.precision, shared.job.inference)
+        predictor = kept_predictor(shared.job.bundle, shared.job.precision, shared.job.inference)
         yield from predict_pairs(predictor.predict, truths)
         return
     for start, pairs in zip(range(share * rows, len(truth), shared.num_shares * rows), truths, strict=True):
@@ -294,12 +293,6 @@ def _beside(pair: Pair | Failure, sample: Sample | Failure, shared: _Shared) -> 
             raise InputError(f"predictions: {error}") from error
         return Failure(pair.sample_id, f"predictions: {error}")
     return Predicted(pair, prediction)
-
-
-@cache
-def _predictor(bundle_uri: str, precision: Precision, inference: Inference) -> Predictor:
-    """A bundle's predictor, once a process."""
-    return Predictor(bundle_uri, precision=precision, inference=inference)
 
 
 def _pick(scores: dict[str, float]) -> dict[str, list[str]]:

@@ -243,6 +243,32 @@ def to_view(sample: Sample, classes: ClassMap, task: Task) -> View:
     return to_instances(sample, classes) if task == "instance" else to_segment_map(sample, classes)
 
 
+def to_sample(sample_id: str, view: View, classes: ClassMap, image: bytes | None = None) -> Sample:
+    """A view as a sample with the class list's ids: `to_view` turned round."""
+    height, width = size_of(view)
+    if isinstance(view, LabelMap):
+        return Sample(sample_id, image, height, width, compress_id_map(to_ids(view.labels, classes)))
+    scores: Sequence[float | None] = [None] * len(view) if view.scores is None else view.scores.tolist()
+    rles = view.rles if isinstance(view, MaskSet) else [None] * len(view)
+    entries = zip(view.class_ids.tolist(), view.is_crowd.tolist(), scores, rles, strict=True)
+    segments = tuple(Segment(classes.ids[index], *rest) for index, *rest in entries)
+    id_map = compress_id_map(view.numbers) if isinstance(view, SegmentMap) else None
+    return Sample(sample_id, image, height, width, id_map, segments)
+
+
+def to_regions(view: LabelMap) -> SegmentMap:
+    """Each class of a predicted label map as one segment of score 1."""
+    indices = np.unique(view.labels[view.labels != view.ignore_index])
+    table: IdMap = np.zeros(view.ignore_index + 1, view.labels.dtype)
+    table[indices] = np.arange(1, len(indices) + 1)
+    return SegmentMap(
+        numbers=table.take(view.labels),
+        class_ids=indices.astype(np.int64),
+        is_crowd=np.zeros(len(indices), np.bool_),
+        scores=np.ones(len(indices)),
+    )
+
+
 def size_of(view: View) -> tuple[int, int]:
     """(height, width) of the image."""
     if isinstance(view, MaskSet):

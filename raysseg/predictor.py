@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +59,7 @@ class Predictor:
         self._model = bundles.load(self.bundle).to(self._device)
         self._dtype = resolve_precision(precision, self._device)
 
-    def predict(self, images: Sequence[Pixels]) -> list[View]:
+    def predict(self, images: Sequence[Pixels | Windowed]) -> list[View]:
         """Segments images, each (H, W, 3) uint8 RGB of any size; masks are of the images' own sizes."""
         return predict(self._model, images, self.bundle.preprocessing.size, self._dtype, self._inference)
 
@@ -97,9 +97,19 @@ class Predictor:
             return outputs.values["logits"]
 
 
+def kept_predictor(bundle_uri: str, precision: Precision, inference: Inference) -> Predictor:
+    """A bundle's predictor; the last one of a process is kept, for as long as the bundle stays what it is."""
+    return _load_predictor(bundle_uri, bundles.identify(bundle_uri), precision, inference)
+
+
+@lru_cache(maxsize=1)
+def _load_predictor(bundle_uri: str, identity: str, precision: Precision, inference: Inference) -> Predictor:
+    return Predictor(bundle_uri, precision=precision, inference=inference)
+
+
 def predict(
     model: SegModel,
-    images: Sequence[Pixels],
+    images: Sequence[Pixels | Windowed],
     size: tuple[int, int] | None,
     dtype: torch.dtype,
     inference: Inference,
@@ -123,7 +133,7 @@ def predict(
     out: dict[int, View] = {}
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=_is_mixed(dtype)):
         for input_size, places in together.items():
-            chosen = [images[i] for i in places]
+            chosen = [images[i][:, :] for i in places]
             if input_size is not None:
                 outputs = model(_to_tensor(chosen, input_size, device))
             else:
@@ -205,14 +215,14 @@ def _is_mixed(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _assemble(parts: Iterable[Labelled], image: Pixels, model: SegModel) -> LabelMap:
+def _assemble(parts: Iterable[Labelled], image: Pixels | Windowed, model: SegModel) -> LabelMap:
     labels: IdMap = np.empty(image.shape[:2], model.classes.dtype)
     for rows, columns, part in parts:
         labels[rows, columns] = part
     return LabelMap(labels, model.classes.ignore)
 
 
-def _input_size(image: Pixels, size: tuple[int, int] | None, scale: float = 1.0) -> tuple[int, int]:
+def _input_size(image: Pixels | Windowed, size: tuple[int, int] | None, scale: float = 1.0) -> tuple[int, int]:
     """The size of an image in the model: the bundle's, or its own, enlarged where a side is too short for models."""
     if size is not None and scale == 1:
         return size

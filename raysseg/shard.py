@@ -94,15 +94,14 @@ def shard(job: ShardJob) -> ShardResult:
     rows = [part.rows for part in written if len(part.rows)]
     if not rows:
         raise InputError(f"data: none of the {len(failures)} samples can be used, such as {failures[0].reason}")
-    table = pa.concat_tables(rows)
     lost = [loss for part in written for loss in part.lost]
     write_failures(uri, {"data": failures})
     if lost:
         storage.write_text(storage.join(uri, "lost.json"), json.dumps([asdict(loss) for loss in lost], indent=2))
         logger.warning("%s can't hold all of %d samples; lost.json says what", job.output.format, len(lost))
-    writer.finish(uri, table, plan.classes.at_rest)
+    writer.finish(uri, rows, plan.classes.at_rest)
     storage.delete_folder(storage.join(uri, _PARTS))
-    return ShardResult(job.name, uri, job.output.format, len(table), len(failures), len(lost))
+    return ShardResult(job.name, uri, job.output.format, sum(map(len, rows)), len(failures), len(lost))
 
 
 def _write_part(plan: _Plan, number: int) -> Iterator[_Part]:

@@ -286,7 +286,7 @@ def _sha256(uri: str) -> str:
 @persistent
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file in one step: readers see the old content or the new one, whole. Local parent folders are made."""
-    with _open_output(uri) as stream:
+    with open_output(uri) as stream:
         stream.write(data)
 
 
@@ -323,7 +323,7 @@ def _delete_file(uri: str) -> None:
 
 
 @contextmanager
-def _open_output(uri: str) -> Iterator[IO[bytes]]:
+def open_output(uri: str) -> Iterator[IO[bytes]]:
     """A file to write in order; it appears when the block ends."""
     system, path = filesystem(uri)
     with translated(uri):
@@ -349,7 +349,7 @@ def _open_output(uri: str) -> Iterator[IO[bytes]]:
 def _copy(source: str, target: str) -> tuple[int, str]:
     """Copy a file between any two storages; returns its size and SHA-256."""
     digest, size = hashlib.sha256(), 0
-    with _open_output(target) as stream:
+    with open_output(target) as stream:
         for chunk in _chunks(source):
             digest.update(chunk)
             size += len(chunk)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from raysseg.config import AnySource, CocoSource, MasksSource
+from raysseg.config import AnySource, CocoSource, HuggingFaceSource, MasksSource, ShardsSource
 from raysseg.data import coco, coco_panoptic, huggingface, masks, shards, yolo
 from raysseg.data.classes import build_class_map
+from raysseg.data.files import read_file, read_rows
 from raysseg.data.index import Failure, Format, SampleIndex, Writer
 from raysseg.schema import ClassMap, Sample
 
@@ -44,6 +45,17 @@ def read_predictions(source: AnySource, truth: SampleIndex, classes: ClassMap) -
 def read_samples(index: SampleIndex, *, with_images: bool = True) -> list[Sample | Failure]:
     """Reads all samples of an index (`SampleIndex.take` makes a small one), in its order."""
     return FORMATS[index.source.format].read_samples(index.source, index.references, with_images=with_images)
+
+
+def read_images(index: SampleIndex) -> list[Sample | Failure]:
+    """Reads the images of an index, in its order; labels that lie in other files are left alone."""
+    source = index.source
+    if isinstance(source, HuggingFaceSource | ShardsSource):
+        return read_samples(index)
+    folder = source.images
+    return read_rows(
+        lambda row: Sample(row["sample_id"], read_file(folder, row["image"]), 0, 0, None), index.references
+    )
 
 
 def read_class_map(classes: str | Sequence[str] | None, source: AnySource | None = None) -> ClassMap:

@@ -6,9 +6,9 @@ column that Ray's object store holds once a node; it becomes RLE when its sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -158,7 +158,7 @@ def read_predictions(source: CocoSource, truth: SampleIndex, classes: ClassMap) 
     content = read_json(source.annotations, cast("type[_Content | list[_Result]]", _Content | list[_Result]))
     if isinstance(content, _Content):
         return _to_index(source, content)
-    if "image_id" not in truth.references.column_names:
+    if "annotations" not in truth.references.column_names:
         raise InputError(
             f"{source.annotations}: holds COCO results, which name images by `id`, but `data` of format "
             f"{truth.source.format!r} has none; give `data` as coco, or predictions with `images` of their own"
@@ -264,20 +264,28 @@ def to_rle(segmentation: bytes, size: tuple[int, int]) -> bytes:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
+def write_part(
+    uri: str,
+    number: int,
+    samples: Sequence[Sample],
+    classes: ClassMap,
+    *,
+    rows_per_group: int,
+    names: Sequence[str] | None = None,
+) -> Written:
     """Writes the images; all segments become RLE, those of id maps and stuff too.
 
     Raises:
         InputError: a sample has labels of classes alone.
     """
     images, annotations = [], []
-    for sample in samples:
+    for place, sample in enumerate(samples):
         if sample.segments is None:
             raise InputError(
                 f"{sample.sample_id}: has labels of classes alone, which COCO instances can't hold; "
                 "write output.format masks or coco_panoptic"
             )
-        name = write_image(storage.join(uri, "images"), sample)
+        name = write_image(storage.join(uri, "images"), sample) if names is None else names[place]
         images.append(msgspec.json.encode(CocoImage(0, name, sample.height, sample.width)))
         annotations.append([msgspec.json.encode(found) for found in _to_annotations(sample)])
     rows = {"sample_id": [sample.sample_id for sample in samples], "image": images, "annotations": annotations}
@@ -301,14 +309,24 @@ def _to_annotations(sample: Sample) -> Iterator[dict[str, Any]]:
         } | ({} if segment.score is None else {"score": segment.score})
 
 
-def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
+def finish(uri: str, parts: Iterable[pa.Table], classes: ClassMap) -> None:
     """Writes the annotations file."""
-    image_ids = to_image_ids(rows["sample_id"].to_pylist())
-    annotations: list[dict[str, Any]] = []
-    for image_id, encoded in zip(image_ids, rows["annotations"].to_pylist(), strict=True):
-        for annotation in encoded:
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **msgspec.json.decode(annotation)})
-    write_json(uri, rows, annotations, classes)
+    write_json(uri, parts, classes, lambda number, annotation: {"id": number, **annotation})
+
+
+RESULTS = "results.json"
+
+
+@storage.persistent
+def write_results(uri: str, parts: Iterable[pa.Table]) -> None:
+    """Writes COCO results, whose areas and boxes are those of the masks: a box of its own would change the areas."""
+    with storage.open_output(storage.join(uri, RESULTS)) as file:
+        file.write(b"[")
+        _write_items(file, ({key: a[key] for key in _RESULT_KEYS} for a in _iter_annotations(parts)))
+        file.write(b"]")
+
+
+_RESULT_KEYS = ("image_id", "category_id", "segmentation", "score")
 
 
 # --- what all formats with annotation files share -----------------------------------------------------------------
@@ -376,12 +394,50 @@ def to_image_ids(sample_ids: Sequence[str]) -> list[int]:
     return list(range(1, len(sample_ids) + 1))
 
 
-def write_json(uri: str, rows: pa.Table, annotations: Sequence[dict[str, Any]], classes: ClassMap) -> None:
-    """Writes an annotations file with the images of `rows`."""
-    image_ids = to_image_ids(rows["sample_id"].to_pylist())
-    images = [
-        {**msgspec.json.decode(image), "id": image_id}
-        for image_id, image in zip(image_ids, rows["image"].to_pylist(), strict=True)
-    ]
-    content = {"images": images, "annotations": annotations, "categories": to_categories(classes, "color")}
-    storage.write_bytes(storage.join(uri, MANIFEST), msgspec.json.encode(content))
+@storage.persistent
+def write_json(
+    uri: str,
+    parts: Iterable[pa.Table],
+    classes: ClassMap,
+    describe: Callable[[int, dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Writes an annotations file, one part in memory at a time.
+
+    Args:
+        uri: folder of the data set.
+        parts: rows of JSON_ROWS, and the images' own ids as `image_id` where they have some.
+        classes: the categories.
+        describe: an annotation, counted from 1, as the file has it.
+    """
+    with storage.open_output(storage.join(uri, MANIFEST)) as file:
+        file.write(b'{"images":[')
+        images = (
+            (image_id, image)
+            for part, ids in _with_image_ids(parts)
+            for image_id, image in zip(ids, part["image"].to_pylist(), strict=True)
+        )
+        _write_items(file, ({**msgspec.json.decode(image), "id": image_id} for image_id, image in images))
+        file.write(b'],"annotations":[')
+        _write_items(file, (describe(number, a) for number, a in enumerate(_iter_annotations(parts), 1)))
+        file.write(b'],"categories":' + msgspec.json.encode(to_categories(classes, "color")) + b"}")
+
+
+def _iter_annotations(parts: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
+    for part, image_ids in _with_image_ids(parts):
+        for image_id, encoded in zip(image_ids, part["annotations"].to_pylist(), strict=True):
+            for annotation in encoded:
+                yield {"image_id": image_id, **msgspec.json.decode(annotation)}
+
+
+def _with_image_ids(parts: Iterable[pa.Table]) -> Iterator[tuple[pa.Table, list[int]]]:
+    """Each part with the ids of its images: their own, or what their names give."""
+    sample_ids = [name for part in parts for name in part["sample_id"].to_pylist()]
+    given = iter(to_image_ids(sample_ids))
+    for part in parts:
+        own = part["image_id"].to_pylist() if "image_id" in part.column_names else None
+        yield part, own or [next(given) for _ in range(len(part))]
+
+
+def _write_items(file: IO[bytes], items: Iterable[dict[str, Any]]) -> None:
+    for i, item in enumerate(items):
+        file.write(b"," * (i > 0) + msgspec.json.encode(item))

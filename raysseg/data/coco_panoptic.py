@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -25,7 +25,6 @@ from raysseg.data.coco import (
     find_rows,
     read_categories,
     read_json,
-    to_image_ids,
     to_lists,
     to_sample_ids,
     write_json,
@@ -100,6 +99,7 @@ def read_index(source: CocoPanopticSource) -> SampleIndex:
     references = pa.table(
         {
             "sample_id": pa.array(sample_ids, pa.string()),
+            "image_id": pa.array([image.id for image in content.images], pa.int64()),
             "image": pa.array([image.file_name for image in content.images], pa.string()),
             "height": pa.array([image.height for image in content.images], pa.int32()),
             "width": pa.array([image.width for image in content.images], pa.int32()),
@@ -186,19 +186,27 @@ def number_segments(pixels: npt.NDArray[np.uint8], segment_ids: Sequence[int]) -
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
+def write_part(
+    uri: str,
+    number: int,
+    samples: Sequence[Sample],
+    classes: ClassMap,
+    *,
+    rows_per_group: int,
+    names: Sequence[str] | None = None,
+) -> Written:
     """Writes images and PNG files; a pixel of several instances goes to the smallest one, which is noted.
 
     Of a label image every class becomes one segment; that of things is a crowd, since they are not told apart.
     """
     images, annotations, lost = [], [], []
-    for sample in samples:
+    for place, sample in enumerate(samples):
         numbers, segments, reasons = _to_disjoint(sample, classes)
         colours = _spread(segments, classes)
         mask, out = f"{sample.sample_id}.png", io.BytesIO()
         Image.fromarray(colours.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3][numbers]).save(out, "PNG")
         storage.write_bytes(storage.join(uri, "panoptic", mask), out.getvalue())
-        name = write_image(storage.join(uri, "images"), sample)
+        name = write_image(storage.join(uri, "images"), sample) if names is None else names[place]
         images.append(msgspec.json.encode(CocoImage(0, name, sample.height, sample.width)))
         entries = list(_describe(numbers, segments, colours))
         annotations.append([msgspec.json.encode({"file_name": mask, "segments_info": entries})])
@@ -246,14 +254,9 @@ def _describe(numbers: IdMap, segments: Sequence[Segment], colours: npt.NDArray[
                 "area": area,
                 "bbox": coco_mask.toBbox(encoded).tolist(),
                 "iscrowd": int(segment.is_crowd),
-            }
+            } | ({} if segment.score is None else {"score": segment.score})
 
 
-def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
+def finish(uri: str, parts: Iterable[pa.Table], classes: ClassMap) -> None:
     """Writes the annotations file."""
-    image_ids = to_image_ids(rows["sample_id"].to_pylist())
-    annotations = [
-        {"image_id": image_id, **msgspec.json.decode(encoded)}
-        for image_id, (encoded,) in zip(image_ids, rows["annotations"].to_pylist(), strict=True)
-    ]
-    write_json(uri, rows, annotations, classes)
+    write_json(uri, parts, classes, lambda number, annotation: annotation)

@@ -86,10 +86,14 @@ def decode_head(data: bytes) -> Head:
 def write_image(folder: str, sample: Sample) -> str:
     """Writes a sample's image as it is, with the suffix of its kind; returns its name below the folder."""
     assert sample.image is not None, "samples that are written have been decoded"
-    suffix = next(suffix for magic, suffix in _MAGIC if sample.image.startswith(magic))
-    name = f"{sample.sample_id}{suffix}"
+    name = f"{sample.sample_id}{suffix_of(sample.image)}"
     storage.write_bytes(storage.join(folder, name), sample.image)
     return name
+
+
+def suffix_of(image: bytes) -> str:
+    """The suffix of an image file of our formats."""
+    return next(suffix for magic, suffix in _MAGIC if image.startswith(magic))
 
 
 def read_rows(

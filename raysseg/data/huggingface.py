@@ -68,7 +68,8 @@ def read_samples(source: HuggingFaceSource, references: pa.Table, *, with_images
     def read(row: dict[str, Any]) -> Sample:
         group, place = groups[row["file"], row["group"]], row["row"]
         image = _to_bytes(group[source.image][place].as_py()) if with_images else None
-        return Sample(row["sample_id"], image, 0, 0, _to_bytes(group[source.mask][place].as_py()))
+        mask = _to_bytes(group[source.mask][place].as_py()) if source.mask is not None else None
+        return Sample(row["sample_id"], image, 0, 0, mask)
 
     return read_rows(read, references)
 
@@ -103,7 +104,7 @@ def _survey(source: HuggingFaceSource, name: str) -> tuple[list[tuple[int, int]]
     paths: list[str | None] = []
     for place, batch in _iter_groups(uri):
         for wanted in (source.image, source.mask):
-            if wanted not in batch.schema.names:
+            if wanted is not None and wanted not in batch.schema.names:
                 raise InputError(f"{uri}: has no column {wanted!r}; its columns: {', '.join(batch.schema.names)}")
         images = batch.column(source.image)
         has_paths = pa.types.is_struct(images.type) and "path" in images.type.names

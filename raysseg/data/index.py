@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -114,13 +114,33 @@ class Writer(Protocol):
 
     @staticmethod
     def write_part(
-        uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int
+        uri: str,
+        number: int,
+        samples: Sequence[Sample],
+        classes: ClassMap,
+        *,
+        rows_per_group: int,
+        names: Sequence[str] | None = None,
     ) -> Written:
-        """Writes some samples, with the class list's ids; raises InputError for what the format has no place for."""
+        """Writes some samples.
+
+        Args:
+            uri: folder of the data set.
+            number: of the part.
+            samples: with the class list's ids.
+            classes: the class list.
+            rows_per_group: samples that are read at once later, at most; of shards.
+            names: of the images, which stay where they are; None: the samples' images are written, too. Shards hold
+                what images the samples have.
+
+        Raises:
+            InputError: the format has no place for what a sample holds.
+        """
 
     @staticmethod
-    def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
-        """Writes what stands once: the index or the annotations, and the classes."""
+    def finish(uri: str, parts: Iterable[pa.Table], classes: ClassMap) -> None:
+        """Writes what stands once: the index or the annotations, and the classes; `parts`, the rows of what is
+        written, are gone through more than once."""
 
 
 def write_failures(run_uri: str, failures: dict[str, list[Failure]]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from raysseg.masks import encode_id_map, to_dense, to_ids, to_numbers
 from raysseg.schema import ClassMap, InputError, Sample
 
 MANIFEST = "classes.json"  # of folders that we write
+_WRITERS = 4  # threads
 MASK_SUFFIXES = frozenset({".png", ".npy", ".npz"})
 
 
@@ -85,14 +87,27 @@ def _unpaired(source: MasksSource, failures: list[Failure], num_pairs: int) -> s
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
-    """Writes images and masks; instances become labels of their classes, which is noted."""
+def write_part(
+    uri: str,
+    number: int,
+    samples: Sequence[Sample],
+    classes: ClassMap,
+    *,
+    rows_per_group: int,
+    names: Sequence[str] | None = None,
+) -> Written:
+    """Writes images and masks, several at a time; instances become labels of their classes, which is noted."""
+
+    def write(sample: Sample) -> None:
+        mask = encode_id_map(to_ids(to_dense(sample, classes).labels, classes), classes)
+        storage.write_bytes(storage.join(uri, "masks", f"{sample.sample_id}.png"), mask)
+        if names is None:
+            write_image(storage.join(uri, "images"), sample)
+
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        list(pool.map(write, samples))
     lost = []
     for sample in samples:
-        labels = to_dense(sample, classes).labels
-        mask = encode_id_map(to_ids(labels, classes), classes)
-        storage.write_bytes(storage.join(uri, "masks", f"{sample.sample_id}.png"), mask)
-        write_image(storage.join(uri, "images"), sample)
         if sample.segments:
             reason = f"{len(sample.segments)} segments are labels of their classes now, and not told apart"
             if overlap := to_numbers(sample)[1]:
@@ -101,6 +116,6 @@ def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassM
     return Written(pa.table({"sample_id": [sample.sample_id for sample in samples]}), tuple(lost))
 
 
-def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
+def finish(uri: str, parts: Iterable[pa.Table], classes: ClassMap) -> None:
     """Writes the class list."""
     storage.write_text(storage.join(uri, MANIFEST), json.dumps(to_class_list(classes), indent=2))

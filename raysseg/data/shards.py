@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
@@ -119,7 +119,15 @@ def to_table(samples: Sequence[Sample]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
 
 
-def write_part(uri: str, number: int, samples: Sequence[Sample], classes: ClassMap, *, rows_per_group: int) -> Written:
+def write_part(
+    uri: str,
+    number: int,
+    samples: Sequence[Sample],
+    classes: ClassMap,
+    *,
+    rows_per_group: int,
+    names: Sequence[str] | None = None,
+) -> Written:
     """Writes one Parquet file; its rows go into the index."""
     sink = io.BytesIO()
     table = to_table(samples)
@@ -159,8 +167,9 @@ def _to_groups(table: pa.Table, most_rows: int) -> list[pa.Table]:
     return [*groups, table.slice(start)]
 
 
-def finish(uri: str, rows: pa.Table, classes: ClassMap) -> None:
+def finish(uri: str, parts: Iterable[pa.Table], classes: ClassMap) -> None:
     """Writes the index, and then the manifest."""
+    rows = pa.concat_tables(parts)
     sink = io.BytesIO()
     pq.write_table(rows, sink)
     storage.write_bytes(storage.join(uri, INDEX), sink.getvalue())

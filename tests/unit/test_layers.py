@@ -23,7 +23,7 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"saver"},
     {"worker"},
     {"evaluate", "shard", "fingerprint", "export", "importance", "study"},
-    {"validation", "inputs", "tuning_page"},
+    {"validation", "inputs", "tuning_page", "predict"},
     {"trainer", "desk"},
     {"train"},
     {"place"},
@@ -59,7 +59,7 @@ def test_imports_point_downwards(path: Path) -> None:
 
 
 def test_a_job_without_workers_never_loads_ray() -> None:
-    stages = "raysseg.train, raysseg.evaluate, raysseg.shard, raysseg.fingerprint"
+    stages = "raysseg.train, raysseg.evaluate, raysseg.predict, raysseg.shard, raysseg.fingerprint"
     script = f"import sys, {stages}; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
