@@ -248,12 +248,18 @@ def to_sample(sample_id: str, view: View, classes: ClassMap, image: bytes | None
     height, width = size_of(view)
     if isinstance(view, LabelMap):
         return Sample(sample_id, image, height, width, compress_id_map(to_ids(view.labels, classes)))
-    scores: Sequence[float | None] = [None] * len(view) if view.scores is None else view.scores.tolist()
-    rles = view.rles if isinstance(view, MaskSet) else [None] * len(view)
-    entries = zip(view.class_ids.tolist(), view.is_crowd.tolist(), scores, rles, strict=True)
-    segments = tuple(Segment(classes.ids[index], *rest) for index, *rest in entries)
-    id_map = compress_id_map(view.numbers) if isinstance(view, SegmentMap) else None
-    return Sample(sample_id, image, height, width, id_map, segments)
+    unknown = [None] * len(view)
+    class_ids = [classes.ids[index] for index in view.class_ids.tolist()]
+    scores = unknown if view.scores is None else view.scores.tolist()
+    if isinstance(view, SegmentMap):
+        entries = zip(class_ids, view.is_crowd.tolist(), scores, unknown, strict=True)
+        id_map = compress_id_map(view.numbers)
+        return Sample(sample_id, image, height, width, id_map, tuple(Segment(*entry) for entry in entries))
+    areas = unknown if view.areas is None else view.areas.tolist()
+    boxes = unknown if view.boxes is None else map(tuple, view.boxes.tolist())
+    columns = (class_ids, view.is_crowd.tolist(), scores, view.rles, areas, boxes)
+    segments = tuple(Segment(*entry) for entry in zip(*columns, strict=True))
+    return Sample(sample_id, image, height, width, None, segments)
 
 
 def to_regions(view: LabelMap) -> SegmentMap:

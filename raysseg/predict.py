@@ -398,7 +398,7 @@ def _write_part(plan: _Plan, number: int, name: str, items: Sequence[_Segmented 
         )
         .rows
     )
-    rows = rows.append_column("row", pa.array([item.row for item in done], pa.int64()))
+    rows = rows.append_column("index_row", pa.array([item.row for item in done], pa.int64()))
     rows = rows.append_column("record", pa.array([item.record for item in done], pa.list_(pa.binary())))
     failures = [asdict(item) for item in items if isinstance(item, Failure)]
     sink = io.BytesIO()
@@ -485,14 +485,14 @@ class _Parts:
             rows = _read_part(self.plan, name)
             image_ids = self.image_ids[start : start + len(rows)]
             start += len(rows)
-            rows = rows.drop_columns(["row", "record"]).replace_schema_metadata()
+            rows = rows.drop_columns(["index_row", "record"]).replace_schema_metadata()
             is_coco = "annotations" in rows.column_names
             yield rows.append_column("image_id", pa.array(image_ids, pa.int64())) if is_coco else rows
 
 
 def _read_part(plan: _Plan, name: str, columns: list[str] | None = None) -> pa.Table:
     data = storage.read_bytes(storage.join(plan.parts_uri, name), may_change=False)
-    return pq.read_table(io.BytesIO(data), columns)
+    return pq.read_table(io.BytesIO(data), columns=columns)
 
 
 def _finish(plan: _Plan) -> PredictResult:
@@ -503,12 +503,12 @@ def _finish(plan: _Plan) -> PredictResult:
     rows: list[int] = []
     failures = list(plan.index.failures)
     for name in names:
-        part = _read_part(plan, name, ["sample_id", "row", "record"])
+        part = _read_part(plan, name, ["sample_id", "index_row", "record"])
         found: list[str] = part["sample_id"].to_pylist()
         if plan.job.is_scored:
             metrics.merge(dict(zip(found, map(tuple, part["record"].to_pylist()), strict=True)))
         sample_ids += found
-        rows += part["row"].to_pylist()
+        rows += part["index_row"].to_pylist()
         failures += [Failure(**entry) for entry in json.loads(part.schema.metadata[b"failures"])]
     if not rows:
         raise InputError(f"data: none of the {len(failures)} images can be used, such as {failures[0].reason}")

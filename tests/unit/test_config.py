@@ -14,7 +14,17 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from raysseg import config
-from raysseg.config import EvaluateJob, ExportJob, Inference, JobError, MasksSource, ShardJob, ShardsSource, TrainJob
+from raysseg.config import (
+    EvaluateJob,
+    ExportJob,
+    Inference,
+    JobError,
+    MasksSource,
+    PredictJob,
+    ShardJob,
+    ShardsSource,
+    TrainJob,
+)
 from raysseg.data.classes import Category, Vocabulary, build_class_map
 from raysseg.storage import StorageError
 
@@ -53,6 +63,13 @@ SHARD: dict[str, Any] = {
     "classes": ["road", "sky"],
     "data": {"format": "masks", "images": "/d/images", "masks": "/d/masks"},
     "output": {"uri": "/d/shards"},
+}
+PREDICT: dict[str, Any] = {
+    "kind": "predict",
+    "name": "check",
+    "bundle": "/b",
+    "data": {"format": "masks", "images": "/d/images"},
+    "output": {"format": "coco", "uri": "/d/out"},
 }
 NOTHING = object()
 
@@ -110,7 +127,7 @@ def test_there_are_job_files() -> None:
 def test_schema_is_a_schema_and_refuses_what_the_job_refuses() -> None:
     schema = config.json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
-    for job in (TRAIN, EVALUATE, SHARD):
+    for job in (TRAIN, EVALUATE, SHARD, PREDICT):
         jsonschema.validate(job, schema)
     for wrong in (
         changed(TRAIN, modle={}),
@@ -118,19 +135,21 @@ def test_schema_is_a_schema_and_refuses_what_the_job_refuses() -> None:
         changed(TRAIN, kind="trian"),
         changed(EVALUATE, data__format="voc"),
         changed(SHARD, output=NOTHING),
+        changed(PREDICT, output__format="yolo"),
     ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)
 
 
 def test_resolved_job_is_a_job_again() -> None:
-    for raw in (TRAIN, EVALUATE, SHARD):
+    for raw in (TRAIN, EVALUATE, SHARD, PREDICT):
         job = config.parse(raw)
         assert config.parse(json.loads(job.model_dump_json())) == job
 
 
 def test_each_kind_has_its_class() -> None:
-    assert [type(config.parse(raw)) for raw in (TRAIN, EVALUATE, SHARD)] == [TrainJob, EvaluateJob, ShardJob]
+    kinds = [TrainJob, EvaluateJob, ShardJob, PredictJob]
+    assert [type(config.parse(raw)) for raw in (TRAIN, EVALUATE, SHARD, PREDICT)] == kinds
 
 
 @pytest.mark.parametrize(("page", "number", "language", "text"), BLOCKS)
@@ -497,6 +516,33 @@ def test_all_mistakes_are_told_at_once() -> None:
 )
 def test_evaluate_job_that_does_not_fit_together(changes: dict[str, object], line: str) -> None:
     assert mistakes(changed(EVALUATE, **changes)) == [line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"output__format": "yolo"},
+            "output.format: received \"yolo\"; allowed: 'coco', 'masks', 'coco_panoptic' or 'shards'",
+        ),
+        ({"output__format": NOTHING}, "output.format: missing; it has no default"),
+        ({"data": {"format": "masks", "masks": "/m"}}, "data.images: missing: a bundle predicts from images"),
+        ({"data": {"format": "coco", "annotations": "/a"}}, "data.images: missing: a bundle predicts from images"),
+        ({"metrics": True}, "data.masks: missing: `metrics` need a truth to score by"),
+        ({"metrics": ["boundary_iou"]}, "data.masks: missing: `metrics` need a truth to score by"),
+        ({"batch__per_worker": 0}, "batch.per_worker: received 0; allowed: numbers from 1 on"),
+    ],
+)
+def test_predict_job_that_does_not_fit_together(changes: dict[str, object], line: str) -> None:
+    assert mistakes(changed(PREDICT, **changes)) == [line]
+
+
+def test_predict_reads_labels_only_to_score() -> None:
+    for metrics, masks, more in ((False, None, ()), (True, "/m", ()), (["boundary_iou"], "/m", ("boundary_iou",))):
+        job = config.parse(changed(PREDICT, data__masks="/m", metrics=metrics))
+        assert isinstance(job, PredictJob)
+        assert isinstance(job.source, MasksSource)
+        assert (job.source.masks, job.more_metrics) == (masks, more)
 
 
 @pytest.mark.parametrize("text", ["", "- kind: train", "kind train", "5"])

@@ -25,7 +25,7 @@ from raysseg.config import (
     YoloSource,
     parse,
 )
-from raysseg.data import FORMATS, decode, read_class_map, read_index, read_samples, shards
+from raysseg.data import FORMATS, decode, read_class_map, read_images, read_index, read_samples, shards
 from raysseg.data.index import Failure
 from raysseg.schema import InputError, Sample
 from raysseg.shard import shard
@@ -425,6 +425,9 @@ def test_format_reads_in_the_order_asked_for_and_without_images(name: str, tmp_p
         assert sample.id_map == whole.id_map
         assert sample.segments == whole.segments
         assert whole.image is not None
+    images = read_images(some)
+    assert [s.sample_id for s in images] == [index.sample_ids[i] for i in (6, 0, 3, 3)]
+    assert all(isinstance(s, Sample) and s.image == everything[s.sample_id].image for s in images)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -435,6 +438,16 @@ def test_fingerprint_follows_the_samples(name: str, tmp_path: Path) -> None:
     assert index.fingerprint == read_index(build_source(str(tmp_path))).fingerprint
     others = [index.take(np.arange(6)), index.take(np.array([1, 0, 2, 3, 4, 5, 6]))]
     assert len({index.fingerprint, *(other.fingerprint for other in others)}) == 3
+
+
+def test_huggingface_without_labels(tmp_path: Path) -> None:
+    write_huggingface(str(tmp_path))
+    there = HuggingFaceSource(format="huggingface", uri=f"{tmp_path}/hf", mask=None)
+    labelled = read_samples(read_index(there.model_copy(update={"mask": "label"})))
+    for sample, whole in zip(read_samples(read_index(there)), labelled, strict=True):
+        assert isinstance(sample, Sample)
+        assert isinstance(whole, Sample)
+        assert (sample.image, sample.id_map) == (whole.image, None)
 
 
 # ---- shards
