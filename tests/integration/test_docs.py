@@ -15,7 +15,7 @@ def test_python_of_readme_and_docs_runs(
 ) -> None:
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     monkeypatch.chdir(tmp_path)
-    for name in ("EXAMPLE", "RUNS"):
+    for name in ("EXAMPLE", "RUNS", "BUNDLE", "OUTPUT"):
         monkeypatch.delenv(name, raising=False)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(block.strip().splitlines()) <= 12
