@@ -1,7 +1,7 @@
 """Train, tune, evaluate and serve image-segmentation models on a Ray cluster.
 
-Jobs run by the functions of their stages: raysseg.train.train, raysseg.evaluate.evaluate, raysseg.shard.shard. The
-names below load what they need when they are first used: importing raysseg costs nothing.
+Jobs run by the functions of their stages: raysseg.train.train, raysseg.evaluate.evaluate, raysseg.predict.predict,
+raysseg.shard.shard. The names below load what they need when they are first used: importing raysseg costs nothing.
 """
 
 from __future__ import annotations

@@ -793,14 +793,14 @@ class PredictOutput(Section):
     """Where predictions go, and in which form."""
 
     format: Literal["coco", "masks", "coco_panoptic", "shards"]
-    """coco: a COCO data set with scores, and COCO results; masks: PNG id maps; coco_panoptic: JSON and PNG; shards:
-    Parquet with the images. See OUTPUTS for what suits which task."""
+    """coco (instance, semantic): a COCO data set with scores, and COCO results; masks (semantic, panoptic): PNG id
+    maps; coco_panoptic (panoptic): JSON and PNG; shards: Parquet with the images."""
     uri: Uri
     """Folder of its own; a run that was broken off is taken up again there."""
     rows_per_file: Annotated[int, Field(ge=1)] = 128
     """Images that are finished in one go, rounded up to whole batches: what is lost at most where a run breaks off."""
     rows_per_group: Annotated[int, Field(ge=1)] = 32
-    """Of shards: samples that are read at once, at most."""
+    """Of shards: samples that are read at once later, at most."""
 
 
 OUTPUTS: dict[Task, tuple[str, ...]] = {

@@ -7,6 +7,7 @@ column that Ray's object store holds once a node; it becomes RLE when its sample
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import IO, Any, TypeVar, cast
 
@@ -431,11 +432,13 @@ def _iter_annotations(parts: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
 
 def _with_image_ids(parts: Iterable[pa.Table]) -> Iterator[tuple[pa.Table, list[int]]]:
     """Each part with the ids of its images: their own, or what their names give."""
-    sample_ids = [name for part in parts for name in part["sample_id"].to_pylist()]
-    given = iter(to_image_ids(sample_ids))
+    given: Iterator[int] | None = None
     for part in parts:
-        own = part["image_id"].to_pylist() if "image_id" in part.column_names else None
-        yield part, own or [next(given) for _ in range(len(part))]
+        if "image_id" in part.column_names:
+            yield part, part["image_id"].to_pylist()
+            continue
+        given = given or iter(to_image_ids([name for part in parts for name in part["sample_id"].to_pylist()]))
+        yield part, list(islice(given, len(part)))
 
 
 def _write_items(file: IO[bytes], items: Iterable[dict[str, Any]]) -> None:

@@ -15,8 +15,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from raysseg import bundle as bundles
-from raysseg import cli, config, masks, storage
-from raysseg import predict as stage
+from raysseg import cli, config, labelling, masks, storage
 from raysseg.bundle import Bundle, Preprocessing
 from raysseg.catalogue import HEADLINES
 from raysseg.config import AnySource, EvaluateJob, Inference, Model, PredictJob
@@ -228,8 +227,8 @@ def test_a_second_run_does_what_is_missing(
     assert not (tmp_path / "out/annotations.json").exists()
     last.write_bytes(whole)
     done: list[int] = []
-    load = stage._load
-    monkeypatch.setattr(stage, "_load", lambda plan, piece: done.extend(piece[1]) or load(plan, piece))
+    load = labelling._load
+    monkeypatch.setattr(labelling, "_load", lambda plan, piece: done.extend(piece[1]) or load(plan, piece))
     result = run(bundle_uris["semantic"], data, "coco", out)
     assert result.num_samples == 21
     assert done == list(range(16, 21)) or done == list(range(8, 21))  # as far as it had come

@@ -22,7 +22,7 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"standing", "findings", "conductor"},
     {"saver"},
     {"worker"},
-    {"evaluate", "shard", "fingerprint", "export", "importance", "study"},
+    {"evaluate", "shard", "fingerprint", "export", "importance", "study", "labelling"},
     {"validation", "inputs", "tuning_page", "predict"},
     {"trainer", "desk"},
     {"train"},
