@@ -330,3 +330,10 @@ def test_two_workers_do_what_this_process_does(bundle_uris: dict[Task, str], exa
     assert len(names) == 23
     for name in names:
         assert (tmp_path / "0/masks" / name).read_bytes() == (tmp_path / "2/masks" / name).read_bytes()
+    predictor = Predictor(bundle_uris["semantic"], inference=Inference(tile=(64, 64)))
+    classes = predictor.bundle.classes
+    for path in images.glob("large-*"):
+        (expected,) = predictor.predict([decode_image(path.read_bytes())])
+        assert isinstance(expected, LabelMap)
+        found = masks.decode_id_map((tmp_path / f"2/masks/{path.stem}.png").read_bytes())
+        assert np.array_equal(masks.to_indices(found, classes), expected.labels)
