@@ -25,6 +25,7 @@ from rich.live import Live
 from rich.table import Table
 
 from raysseg import place, search, standing
+from raysseg.conductor import release_former
 from raysseg.config import TuneJob
 from raysseg.desk import Desk, values_of
 from raysseg.inputs import Inputs, known_metrics, read_inputs
@@ -132,6 +133,9 @@ def _run_trials(job: TuneJob, desk: Desk, inputs: Inputs) -> None:
             ),
         )
         _look_on(tuner.fit, job, desk, signals)
+    if not place.trains_here(scaling):  # Ray Tune kills what does not end within seconds
+        for run_uri in desk.run_uris:
+            release_former(run_uri)
     if desk.error is not None:
         raise desk.error
     if signals.received is not None:
