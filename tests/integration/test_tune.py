@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import optuna
@@ -143,6 +144,25 @@ def test_a_search_with_another_space_is_refused(searched: tuple[TuneJob, TuneRes
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_a_trial_without_a_place_and_data_that_change_are_errors(
+    example: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    data = copytree(example, tmp_path / "data")
+    job = tune_job(data, str(tmp_path / "runs"), LR, "scaling={workers: 1, cpus_per_worker: 64}")
+    with pytest.raises(InputError, match=r"scaling: a trial of 1 workers, 64 CPUs each, has no place in the cluster's"):
+        tune(job)
+    for kind in ("images", "masks"):
+        sorted((data / "val" / kind).iterdir())[0].unlink()
+    with pytest.raises(InputError, match=r"data\.val changed since this search began"):
+        tune(job)
+
+
+def test_an_unknown_metric_is_refused(example: Path, tmp_path: Path) -> None:
+    job = tune_job(example, str(tmp_path / "runs"), LR, metric="val/iou_of_all")
+    with pytest.raises(InputError, match=r"search\.metric: received 'val/iou_of_all'; allowed: train/loss, val/miou"):
+        tune(job)
 
 
 def test_failed_trials_are_recorded_and_counted(example: Path, tmp_path: Path, ray_cluster: None) -> None:
