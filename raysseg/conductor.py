@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 
 import ray
 import ray.train
+from ray import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller.state import ResizingState, TrainControllerState
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
+from ray.util.placement_group import PlacementGroup
 
 from raysseg import storage
 from raysseg.link import Wish
@@ -224,11 +226,27 @@ class Steward(ControllerCallback):  # type: ignore[misc]
         ray.get(self._conductor.forget.remote())
 
 
+def note_place(run_uri: str) -> None:
+    """Notes which placement group holds the run's workers; one of them calls it."""
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        storage.write_text(_place_uri(run_uri), group.id.hex())
+
+
 def release_former(run_uri: str) -> None:
-    """Gives back what Ray has reserved for a driver of this run that was killed."""
+    """Gives back what Ray holds for this run, whose driver, or whose trial's process, was killed."""
     uri = _reservation_uri(run_uri)
     if storage.exists(uri):
         get_or_create_autoscaling_coordinator().cancel_request.remote(storage.read_text(uri))
+    uri = _place_uri(run_uri)
+    if storage.exists(uri):
+        group = PlacementGroup(PlacementGroupID.from_hex(storage.read_text(uri)))
+        if ray.util.placement_group_table(group).get("state", "REMOVED") != "REMOVED":
+            ray.util.remove_placement_group(group)
+
+
+def _place_uri(run_uri: str) -> str:
+    return storage.join(run_uri, "ray", "placement_group.txt")
 
 
 def _reservation_uri(run_uri: str) -> str:

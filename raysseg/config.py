@@ -939,6 +939,10 @@ class TuneJob(BaseJob):
         """The search's folder."""
         return storage.join(self.storage, self.name)
 
+    def trial_uri(self, number: int) -> str:
+        """The folder of a trial's run."""
+        return storage.join(self.run_uri, "trials", f"{number:04d}")
+
     @cached_property
     def epochs(self) -> int:
         """Of a trial."""
@@ -970,7 +974,7 @@ class TuneJob(BaseJob):
         return parse_as(TrainJob, self._train_keys(overrides), "train")
 
     def trial_job(self, number: int, overrides: Mapping[str, Any]) -> TrainJob:
-        """The job of a trial: the run <run>/trials/<number>.
+        """The job of a trial, whose run is `trial_uri`.
 
         Raises:
             JobError: the values don't fit.

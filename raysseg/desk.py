@@ -68,6 +68,11 @@ class Desk:
         begun = sum(trial.state != TrialState.WAITING for trial in self._study.get_trials(deepcopy=False))
         return max(0, self._total - begun) + len(self._interrupted)
 
+    @property
+    def run_uris(self) -> list[str]:
+        """The runs of this sitting's trials."""
+        return [self._job.trial_uri(number) for number in self._accounts]
+
     def next_trial(self) -> TrainJob | None:
         """The job of a trial to begin with, or to go on with; None: there is none left."""
         with self._closing_on_error():

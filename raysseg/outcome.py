@@ -107,9 +107,7 @@ def conclude(job: TuneJob, study: optuna.Study, inputs: Inputs) -> TuneResult:
 def _discard_checkpoints(job: TuneJob, rows: list[TrialRow]) -> None:
     """Training state of trials that have ended is of no more use; their bundles stay."""
     folders = [
-        storage.join(job.trial_job(row.number, {}).run_uri, "checkpoints")
-        for row in rows
-        if row.state in ("complete", "pruned")
+        storage.join(job.trial_uri(row.number), "checkpoints") for row in rows if row.state in ("complete", "pruned")
     ]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(storage.delete_folder, folders))

@@ -22,32 +22,29 @@ def resources(scaling: Scaling) -> dict[str, float]:
 
 
 def room(scaling: Scaling, wanted: int | None) -> int:
-    """How many trials run at once.
+    """How many trials run at once, of one scaling.
 
-    Trials of one worker wait in Ray Tune for their place, which a cluster that grows may make. Those of several workers
-    reserve theirs on their own: only as many begin as have one now.
-
-    Args:
-        scaling: of a trial.
-        wanted: at most so many; None: as many as have a place.
-
-    Raises:
-        InputError: not even one has a place.
+    Trials of one worker wait in Ray Tune for their place, which a cluster that grows may make: as many begin as are
+    wanted. Those of several workers reserve theirs on their own: only as many begin as have one now.
     """
+    if wanted is not None and trains_here(scaling):
+        return wanted
     fits = _num_places(scaling)
-    if fits < 1 and (wanted is None or not trains_here(scaling)):
-        workers = max(1, scaling.max_workers)
-        need = ", ".join(f"{amount:g} {name}s" for name, amount in _each(scaling).items())
-        there = ray.cluster_resources()
-        has = ", ".join(f"{there.get(name, 0):g} {name}s" for name in _each(scaling))
-        raise InputError(
-            f"scaling: a trial of {workers} workers, {need} each, has no place in the cluster's {has}"
-            f"{'' if trains_here(scaling) else ', of which data tasks need a CPU'}; lower scaling.workers, "
-            "scaling.cpus_per_worker or scaling.gpus_per_worker; on a cluster that grows, set search.concurrent"
-        )
-    if wanted is None or not trains_here(scaling):
-        return min(fits, wanted or fits)
-    return wanted
+    return min(fits, wanted or fits)
+
+
+def check_room(scaling: Scaling, wanted: int | None) -> None:
+    """Raises InputError where not even one trial has a place."""
+    if room(scaling, wanted) > 0:
+        return
+    there = ray.cluster_resources()
+    need = ", ".join(f"{amount:g} {name}s" for name, amount in _each(scaling).items())
+    has = ", ".join(f"{there.get(name, 0):g} {name}s" for name in _each(scaling))
+    raise InputError(
+        f"scaling: a trial of {max(1, scaling.max_workers)} workers, {need} each, has no place in the cluster's {has}"
+        f"{'' if trains_here(scaling) else ', of which data tasks need a CPU'}; lower scaling.workers, "
+        "scaling.cpus_per_worker or scaling.gpus_per_worker; on a cluster that grows, set search.concurrent"
+    )
 
 
 def _num_places(scaling: Scaling) -> int:

@@ -25,7 +25,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysseg import storage
-from raysseg.conductor import Conductor, Judge, Line, Steward, release_former
+from raysseg.conductor import Conductor, Judge, Line, Steward, note_place, release_former
 from raysseg.config import Scaling, TrainJob
 from raysseg.data import stream
 from raysseg.link import Beside, Signals, Wish
@@ -146,6 +146,8 @@ def _run_rank(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     if rank:
         logging.getLogger("raysseg").setLevel(logging.WARNING)
+    else:
+        note_place(plan.job.run_uri)
     statistics: list[str] = []
     share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
     threads = min(max(share, 2), 8)  # more would wait for each other's Python

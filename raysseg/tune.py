@@ -25,6 +25,7 @@ from rich.live import Live
 from rich.table import Table
 
 from raysseg import place, search, standing
+from raysseg.conductor import release_former
 from raysseg.config import TuneJob
 from raysseg.desk import Desk, values_of
 from raysseg.inputs import Inputs, known_metrics, read_inputs
@@ -105,14 +106,14 @@ def _run_trials(job: TuneJob, desk: Desk, inputs: Inputs) -> None:
     """All trials that are left, or as many as the time allows; RunStopped where a signal ended them."""
     connect()
     scaling = job.train_job({}).scaling
+    place.check_room(scaling, job.search.concurrent)
     room = partial(place.room, scaling, job.search.concurrent)
-    num_places = room()
-    threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_places)
+    threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // room())
     objectives = frozenset(objective.metric for objective in (*job.objectives, job.epoch_objective))
     process = ray.tune.with_parameters(TrialProcess, shared=Shared(inputs, objectives, threads))
-    logger.info("%d trials are left; %d at a time", desk.num_left, num_places)
-    answer = Signals(answer="the search ends; trials under way go on from their checkpoints with the same command")
-    with tempfile.TemporaryDirectory(prefix="raysseg-tune-") as scratch, signals_noted(answer) as signals:
+    logger.info("%d trials are left; %d at a time", desk.num_left, room())
+    signals = Signals(answer="the search ends; trials under way go on from their checkpoints with the same command")
+    with tempfile.TemporaryDirectory(prefix="raysseg-tune-") as scratch, signals_noted(signals):
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(process, place.resources(scaling)),
             tune_config=ray.tune.TuneConfig(
@@ -132,6 +133,9 @@ def _run_trials(job: TuneJob, desk: Desk, inputs: Inputs) -> None:
             ),
         )
         _look_on(tuner.fit, job, desk, signals)
+    if not place.trains_here(scaling):  # Ray Tune kills what does not end within seconds
+        for run_uri in desk.run_uris:
+            release_former(run_uri)
     if desk.error is not None:
         raise desk.error
     if signals.received is not None:

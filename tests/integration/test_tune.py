@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import optuna
@@ -145,6 +146,25 @@ def test_a_search_with_another_space_is_refused(searched: tuple[TuneJob, TuneRes
 # --- what goes wrong ----------------------------------------------------------------------------------------------
 
 
+def test_a_trial_without_a_place_and_data_that_change_are_errors(
+    example: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    data = copytree(example, tmp_path / "data")
+    job = tune_job(data, str(tmp_path / "runs"), LR, "scaling={workers: 1, cpus_per_worker: 64}")
+    with pytest.raises(InputError, match=r"scaling: a trial of 1 workers, 64 CPUs each, has no place in the cluster's"):
+        tune(job)
+    for kind in ("images", "masks"):
+        sorted((data / "val" / kind).iterdir())[0].unlink()
+    with pytest.raises(InputError, match=r"data\.val changed since this search began"):
+        tune(job)
+
+
+def test_an_unknown_metric_is_refused(example: Path, tmp_path: Path) -> None:
+    job = tune_job(example, str(tmp_path / "runs"), LR, metric="val/iou_of_all")
+    with pytest.raises(InputError, match=r"search\.metric: received 'val/iou_of_all'; allowed: train/loss, val/miou"):
+        tune(job)
+
+
 def test_failed_trials_are_recorded_and_counted(example: Path, tmp_path: Path, ray_cluster: None) -> None:
     space = {"optimizer.lr": {"choice": [1e-3, 1e30, 2e30]}}
     runs = str(tmp_path / "runs")
@@ -160,28 +180,53 @@ def test_failed_trials_are_recorded_and_counted(example: Path, tmp_path: Path, r
     assert (result.trial, result.trials) == (0, {"complete": 1, "failed": 2})
 
 
-def trial_processes() -> list[int]:
-    """The ids of those that Ray Tune's trials train in."""
-    files = Path("/proc").glob("[0-9]*/cmdline")
-    return [int(file.parent.name) for file in files if b"TrialProcess" in file.read_bytes()]
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_a_killed_trial_goes_on_from_its_checkpoint(
-    example: Path, tmp_path: Path, ray_cluster: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    job = tune_job(example, str(tmp_path / "runs"), LR, trials=1, epochs=12)
+def kill_trials() -> int:
+    """Kills the processes that this session's trials run in; returns how many there were."""
+    files = [file for file in Path("/proc").glob("[0-9]*/cmdline") if b"ray::ResourceTrainable" in file.read_bytes()]
+    processes = [int(file.parent.name) for file in files]
+    ours = [process for process in processes if parent(parent(process)) == os.getpid()]  # children of our raylet
+    for process in ours:
+        os.kill(process, signal.SIGKILL)
+    return len(ours)
+
+
+def killed_when(job: TuneJob, num_rows: int) -> tuple[threading.Thread, list[int]]:
+    """A thread that kills the first trial's process after so many epochs, and what it has killed."""
+    killed: list[int] = []
 
     def kill() -> None:
-        wait_for(lambda: num_epochs(job, 0) >= 2)
-        for process in trial_processes():
-            os.kill(process, signal.SIGKILL)
+        wait_for(lambda: num_epochs(job, 0) >= num_rows)
+        killed.append(kill_trials())
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread, killed
+
+
+def test_a_killed_trial_goes_on_from_its_checkpoint(example: Path, tmp_path: Path, ray_cluster: None) -> None:
+    job = tune_job(example, str(tmp_path / "runs"), LR, trials=1, epochs=30)
+    killer, killed = killed_when(job, 2)
     result = tune(job)
     killer.join()
+    assert killed == [1]
     assert result.trials == {"complete": 1}
-    assert [row["epoch"] for row in rows(f"{job.run_uri}/trials/0000")] == list(range(12))
+    assert [row["epoch"] for row in rows(f"{job.run_uri}/trials/0000")] == list(range(30))
+
+
+def test_a_trial_whose_process_dies_too_often_has_failed(example: Path, tmp_path: Path, ray_cluster: None) -> None:
+    job = tune_job(example, str(tmp_path / "runs"), LR, "scaling={workers: 1, max_failures: 0}", trials=1, epochs=30)
+    killer, killed = killed_when(job, 1)
+    with pytest.raises(InputError, match="no trial has come to its end"):
+        tune(job)
+    killer.join()
+    assert killed == [1]
+    (trial,) = study_of(job, tmp_path)
+    assert trial.state == TrialState.FAIL
+    assert "died" in trial.user_attrs["reason"]
 
 
 def test_a_stopped_and_a_killed_search_go_on(example: Path, tmp_path: Path, ray_cluster: None) -> None:
@@ -248,6 +293,7 @@ def placement_groups() -> list[dict[str, Any]]:
 def test_trials_of_two_workers_take_turns_and_leave_no_placement_group(
     example: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
+    """The first one's process is killed on the way, and it goes on; the second one is pruned."""
     space = {"optimizer.lr": {"choice": [1e-3, 1e-9]}}
     overrides = ("scaling={workers: 2, cpus_per_worker: 0.5}", "optimizer.lr=0.001")
     pruning = {"rule": "median", "min_epochs": 1, "first_trials": 1}
@@ -261,9 +307,12 @@ def test_trials_of_two_workers_take_turns_and_leave_no_placement_group(
 
     looker = threading.Thread(target=look)
     looker.start()
+    killer, killed = killed_when(job, 2)
     result = tune(job)
+    killer.join()
     is_over.set()
     looker.join()
+    assert killed == [1]
     assert result.trials == {"complete": 1, "pruned": 1}
     assert num_epochs(job, 1) < 20
     assert max(most) == 1, "one group of workers at a time"
