@@ -3,7 +3,8 @@
 Parts:
     overhead  trials of one worker against the same runs by hand, in a loop in one process; trials one at a time.
     pruning   ASHA against none: the same seeds, space and number of trials.
-    weights   CamVid: an exponent of class weights searched on val, then against none and median_frequency on test.
+    weights   CamVid: an exponent of class weights is searched, then trained with other seeds beside none and
+              median_frequency; all is scored on val, which the exponent was chosen on too.
     workers   trials of two workers on this machine, one after another; the placement groups that are left.
 """
 
@@ -56,11 +57,11 @@ def example_keys(folder: Path, scaling: Mapping[str, object]) -> dict[str, Any]:
     return job.model_dump(mode="json", exclude={"kind", "name"}) | {"scaling": dict(scaling)}
 
 
-def camvid_keys(epochs: int, val: str, storage: Path, **keys: object) -> dict[str, Any]:
+def camvid_keys(epochs: int, storage: Path, **keys: object) -> dict[str, Any]:
     """A small SegFormer from scratch on CamVid at a quarter of its size."""
     splits = {
-        split: {"format": "masks", "images": f"{CAMVID}/{folder}/images", "masks": f"{CAMVID}/{folder}/masks"}
-        for split, folder in (("train", "train"), ("val", val))
+        split: {"format": "masks", "images": f"{CAMVID}/{split}/images", "masks": f"{CAMVID}/{split}/masks"}
+        for split in ("train", "val")
     }
     return {
         "task": "semantic",
@@ -171,8 +172,8 @@ def measure_pruning(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def measure_weights(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """IoU by class on CamVid's test split, in the mean over seeds: none, median_frequency, and the tuned exponent."""
-    keys = camvid_keys(options.epochs, "val", folder)
+    """IoU by class, in the mean over seeds: none, median_frequency, and the tuned exponent."""
+    keys = camvid_keys(options.epochs, folder)
     found = tune(search_job("weights", keys, space=EXPONENT, trials=options.trials, seed=0))
     tuned = found.overrides.get("loss.class_weights")
     best = trials_of(search_job("weights", keys, space=EXPONENT))[found.trial]
@@ -182,9 +183,7 @@ def measure_weights(options: argparse.Namespace, folder: Path) -> list[Row]:
         "loss.class_weights": {"choice": list(schemes.values())},
         "seed": {"choice": list(range(1, 1 + options.seeds))},
     }
-    job = search_job(
-        "schemes", camvid_keys(options.epochs, "test", folder, seed=1), space=space, sampler="grid", trials=99
-    )
+    job = search_job("schemes", camvid_keys(options.epochs, folder, seed=1), space=space, sampler="grid", trials=99)
     tune(job)
     last = [(trial.user_attrs["overrides"], epochs_of(job, trial.number)[-1]) for trial in trials_of(job)]
     names = [name for name in last[0][1] if name.startswith("val/iou/")]
