@@ -191,7 +191,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     storage.write_bytes(uri, b"old")
     code = f"""
         from raysseg import storage
-        with storage._open_output({uri!r}) as stream:
+        with storage.open_output({uri!r}) as stream:
             stream.write(b"new")
             stream.flush()
             print("written", flush=True)
