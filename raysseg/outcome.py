@@ -23,7 +23,7 @@ from raysseg.desk import values_of
 from raysseg.importance import importances
 from raysseg.inputs import Inputs, build_plan
 from raysseg.schema import InputError
-from raysseg.space import CLASS_WEIGHTS
+from raysseg.space import CLASS_WEIGHTS, Scalar
 from raysseg.standing import History
 from raysseg.train import publish
 from raysseg.tuning_page import State, TrialRow
@@ -141,12 +141,17 @@ def _row(job: TuneJob, trial: FrozenTrial, history: History) -> TrialRow:
     return TrialRow(
         number=trial.number,
         state=_STATES[trial.state],
-        params=search.params_of(trial),
+        params={name: _shown(value) for name, value in search.params_of(trial).items()},
         values=tuple(trial.values) if is_complete else values_of(job, history),
         history=[{**row, "epoch": row["epoch"] + 1} for row in history],  # people count from 1
         seconds=float(trial.user_attrs.get("seconds", 0.0)),
         reason=trial.user_attrs.get("reason", ""),
     )
+
+
+def _shown(value: Any) -> Scalar:
+    """A setting as tables and figures take it: choices that are lists or mappings become JSON."""
+    return value if isinstance(value, Scalar) else json.dumps(value)
 
 
 def _write_table(job: TuneJob, rows: list[TrialRow]) -> str:
@@ -172,10 +177,10 @@ def _write_table(job: TuneJob, rows: list[TrialRow]) -> str:
     return storage.join(job.run_uri, "trials.parquet")
 
 
-def _column(values: list[Any]) -> list[Any]:
+def _column(values: list[Scalar]) -> list[Scalar]:
     """As they are where they are of one kind, else as text."""
     kinds = {type(value) for value in values if value is not None}
-    is_plain = kinds <= {int, float} or (len(kinds) <= 1 and not kinds & {list, dict, tuple})
+    is_plain = kinds <= {int, float} or len(kinds) <= 1
     return values if is_plain else [None if value is None else json.dumps(value) for value in values]
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pyarrow.parquet as pq
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from raysseg import config, search, storage
+from raysseg import config, outcome, search, storage, tuning_page
 from raysseg.config import TuneJob
 from raysseg.schema import InputError
 from raysseg.storage import StorageError
@@ -535,3 +536,15 @@ def test_a_storage_that_is_back_gets_all_with_the_next_change(s3_bucket: str, mo
         trial, _ = draw(study, job)
     study.tell(trial, 0.5)
     assert open_study(job).trials[0].value == 0.5
+
+
+def test_choices_of_lists_are_text_in_tables_and_figures(tmp_path: Path) -> None:
+    job = tune_job(tmp_path, {"data.crop": {"choice": [[512, 512], [64, 64]]}}, sampler="grid")
+    study = open_study(job)
+    for value in (0.1, 0.2):
+        study.tell(draw(study, job)[0], value)
+    rows = outcome._rows(job, study)
+    assert [row.params for row in rows] == [{"data.crop": "[512, 512]"}, {"data.crop": "[64, 64]"}]
+    assert pq.read_table(outcome._write_table(job, rows))["data.crop"].to_pylist() == ["[512, 512]", "[64, 64]"]
+    page = tuning_page.TuningPage("hunt", [tuning_page.Objective("val/miou", "max")], rows, best=(1,))
+    assert "[64, 64]" in tuning_page.render(page)
