@@ -124,16 +124,10 @@ def _best_yaml(job: TuneJob, winner: FrozenTrial, overrides: dict[str, Any]) -> 
 def _rows(job: TuneJob, study: optuna.Study) -> list[TrialRow]:
     """Every trial that has begun, with the epochs that it has trained."""
     begun = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+    runs = [job.trial_job(trial.number, {}) for trial in begun]
     with ThreadPoolExecutor(8) as pool:
-        histories = pool.map(lambda trial: _history(job, trial), begun)
+        histories = pool.map(standing.read_history_so_far, runs)
         return [_row(job, trial, history) for trial, history in zip(begun, histories, strict=True)]
-
-
-def _history(job: TuneJob, trial: FrozenTrial) -> History:
-    try:
-        return standing.read_history(job.trial_job(trial.number, trial.user_attrs["overrides"]))
-    except (KeyError, InputError, storage.StorageError):
-        return []  # it never came so far
 
 
 def _row(job: TuneJob, trial: FrozenTrial, history: History) -> TrialRow:

@@ -133,6 +133,11 @@ def read_history(job: TrainJob) -> History:
     return with_validations(job, [json.loads(line) for line in lines])
 
 
+def read_history_so_far(job: TrainJob) -> History:
+    """The same; nothing where the run has no row yet."""
+    return read_history(job) if storage.exists(storage.join(job.run_uri, "metrics.jsonl")) else []
+
+
 def with_validations(job: TrainJob, history: History) -> History:
     """The rows, with what validations beside training have found."""
     return [row | (_read_validation(job, int(row["step"])) if _is_waiting(row) else {}) for row in history]

@@ -34,7 +34,6 @@ from raysseg.predictor import Predictor
 from raysseg.runtime import gpus_per_worker, log_to_stderr
 from raysseg.schema import ClassMap, InputError, Task
 from raysseg.space import LATENCY
-from raysseg.standing import History
 from raysseg.train import MOVABLE, iter_epochs_here
 from raysseg.trainer import train_on_ray
 from raysseg.worker import Plan
@@ -92,7 +91,7 @@ class TrialProcess(ray.tune.Trainable):  # type: ignore[misc]
         Where another attempt, in a new process, may do better, the error is raised, and Ray Tune makes that attempt.
         """
         try:
-            account = self._finish() if self._advance() else self._account()
+            account = self._advance()
         except Exception as error:
             if getattr(error, "is_transient", False):
                 time.sleep(_OUTAGE_S)
@@ -109,31 +108,27 @@ class TrialProcess(ray.tune.Trainable):  # type: ignore[misc]
         self._began = time.monotonic()
         self._training: Training | None = None
 
-    def _advance(self) -> bool:
-        """Goes on with the trial; returns whether that was its last epoch."""
+    def _advance(self) -> Account:
+        """Goes on with the trial, to its end after the last epoch."""
         if self._training is None:
             standing.open_run(self._job, MOVABLE)
             plan = build_plan(self._job, self._shared.inputs)
             self._training = TrainingHere(plan) if trains_here(self._job.scaling) else TrainingOnRay(plan)
-        return not self._training.advance() or len(self._history()) >= self._job.schedule.epochs
-
-    def _finish(self) -> Account:
-        """What is left to do after the last epoch."""
-        assert self._training is not None
+        goes_on = self._training.advance()
+        account = self._account()
+        if goes_on and len(account.history) < self._job.schedule.epochs:
+            return account
         while self._training.advance():
-            pass  # that epoch is on storage; what comes after it ends soon
+            pass  # the last epoch is on storage; what comes after it ends soon
         account = replace(self._account(), is_over=True)
         return replace(account, latency_ms=self._time_prediction()) if LATENCY in self._shared.objectives else account
 
     def _account(self) -> Account:
-        return Account(int(self._job.name), self._history(), seconds=time.monotonic() - self._began)
-
-    def _history(self) -> History:
-        """The rows of the epochs so far, as far as they decide anything."""
-        if not storage.exists(storage.join(self._job.run_uri, "metrics.jsonl")):
-            return []
+        """With the rows of the epochs so far, as far as they decide anything."""
         kept = {"epoch", *self._shared.objectives}
-        return [{name: row[name] for name in kept & row.keys()} for row in standing.read_history(self._job)]
+        rows = standing.read_history_so_far(self._job)
+        history = [{name: row[name] for name in kept & row.keys()} for row in rows]
+        return Account(int(self._job.name), history, seconds=time.monotonic() - self._began)
 
     def _time_prediction(self) -> float:
         job, inputs = self._job, self._shared.inputs

@@ -237,14 +237,12 @@ def _shown_live(render: Callable[[], Table]) -> Iterator[None]:
 
 
 def _table(job: TuneJob, desk: Desk) -> Table:
-    """The trials under way, the best ones and the newest ones."""
+    """The trials under way, and the newest ones."""
     objective = job.objectives[0]
     table = Table("trial", "state", "epoch", f"best {objective.metric}", "settings", title=job.name)
     rows = desk.rows()
-    is_open = {trial.number: trial.state == TrialState.RUNNING for trial, _ in rows}
-    newest = {trial.number for trial, _ in rows[-_SHOWN:]}
-    for trial, account in rows:
-        if is_open[trial.number] or trial.number in newest:
+    for i, (trial, account) in enumerate(rows):
+        if trial.state == TrialState.RUNNING or i >= len(rows) - _SHOWN:
             values = values_of(job, account.history, account.latency_ms)
             shown = "" if values is None else f"{values[0]:.4f}"
             settings = ", ".join(f"{name}={_short(value)}" for name, value in search.params_of(trial).items())

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -98,3 +100,22 @@ def plan_of(job: config.TrainJob) -> Plan:
 def rows(run: str) -> list[dict[str, float]]:
     """The lines of its metrics.jsonl."""
     return [json.loads(line) for line in storage.read_text(f"{run}/metrics.jsonl").splitlines()]
+
+
+def shown_in_chromium(page: str, folder: Path) -> str:
+    """The elements of a page as a browser makes them of its HTML; the browser has nothing to complain of."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on PATH")
+    (folder / "page.html").write_text(page)
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
+    flags += " --disable-sync --no-first-run --enable-logging=stderr --dump-dom"
+    done = subprocess.run(
+        [chromium, *flags.split(), f"--user-data-dir={folder}/profile", f"file://{folder}/page.html"],
+        capture_output=True,
+        text=True,
+        timeout=300,  # its first start reads hundreds of megabytes
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    return done.stdout
