@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -173,12 +174,12 @@ def test_what_could_not_be_made_is_tried_again() -> None:
     asyncio.run(check())
 
 
-def pixels_within(polygons: Sequence[Sequence[Sequence[tuple[int, int]]]], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+def pixels_within(polygons: list[list[list[tuple[int, int]]]], shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """Pixels from whose middle a ray to the left crosses the outlines an odd number of times."""
     crossings = np.zeros((shape[0], shape[1] + 1), int)
     for ring in (ring for polygon in polygons for ring in polygon):
         assert ring[0] == ring[-1]
-        for (x0, y0), (x1, y1) in zip(ring, ring[1:], strict=False):
+        for (x0, y0), (x1, y1) in pairwise(ring):
             assert (x0 == x1) != (y0 == y1), "outlines go along the edges of pixels"
             if x0 == x1:
                 crossings[min(y0, y1) : max(y0, y1), x0] += 1
@@ -217,8 +218,22 @@ def test_forms_of_answers() -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "::1"]
-    + ["fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b:1::1", "2002:7f00:1::"],
+    [
+        "127.0.0.1",
+        "10.0.0.1",
+        "192.168.1.1",
+        "172.16.0.1",
+        "169.254.169.254",
+        "0.0.0.0",
+        "100.64.0.1",
+        "::1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "64:ff9b:1::1",
+        "2002:7f00:1::",
+    ],
 )
 def test_private_addresses(address: str) -> None:
     assert not fetch.is_public(address)
@@ -240,9 +255,9 @@ def test_a_job_says_what_does_not_fit() -> None:
         serve_job(models={})
     with pytest.raises(JobError, match=r"models.a.replicas: received \[3, 2\]; allowed: \[smallest, largest\]"):
         serve_job(models={"a": {"bundle": "/b", "replicas": [3, 2]}})
-    with pytest.raises(JobError, match="models.a.prompt: received \"sam\"; allowed: 'sam-vit-base'"):
+    with pytest.raises(JobError, match=r"models.a.prompt: received \"sam\"; allowed: 'sam-vit-base'"):
         serve_job(models={"a": {"prompt": "sam"}})
-    with pytest.raises(JobError, match="models.a.weights: there is no such key"):
+    with pytest.raises(JobError, match=r"models.a.weights: there is no such key"):
         serve_job(models={"a": {"bundle": "/b", "weights": "x"}})
     with pytest.raises(JobError, match=r"http.fetch.0: received \"https://example.org\""):
         serve_job(http={"fetch": ["https://example.org"]})  # example.org.evil.com begins with it
