@@ -128,3 +128,12 @@ METRICS: dict[Task, tuple[str, ...]] = {
 
 HEADLINES: dict[Task, str] = {"semantic": "miou", "instance": "mask_ap", "panoptic": "pq"}
 """The number that stands for all of a task's."""
+
+PROMPT_MODELS: dict[str, str] = {
+    **{f"sam-vit-{size}": f"facebook/sam-vit-{size}" for size in ("base", "large", "huge")},
+    **{f"sam-hq-vit-{size}": f"syscv-community/sam-hq-vit-{size}" for size in ("base", "large", "huge")},
+    **{f"sam2-hiera-{size}": f"facebook/sam2-hiera-{size}" for size in ("tiny", "small", "base-plus", "large")},
+    **{f"sam2.1-hiera-{size}": f"facebook/sam2.1-hiera-{size}" for size in ("tiny", "small", "base-plus", "large")},
+    "sam3-tracker": "facebook/sam3",
+}
+"""Every prompted model that a job can name, and the hub id of its authors' weights."""

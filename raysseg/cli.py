@@ -23,6 +23,7 @@ JOB_VERBS = {
     "tune": "search a train job's settings, or go on with a search that stopped",
     "evaluate": "score a bundle, or stored predictions, over a data set",
     "predict": "segment images with a bundle: COCO, PNG masks, COCO panoptic or shards",
+    "serve": "answer requests over HTTP with bundles and prompted models, and show the playground",
     "inspect": "what a data set holds, what is wrong with it and what to do about it; also: inspect IMAGES MASKS",
     "shard": "write a data set as Parquet shards, or --to another format",
     "export": "write a bundle as an ONNX graph; also: export BUNDLE OUT.onnx",
@@ -131,6 +132,10 @@ def _run_job(job: Job, write_job: str | None) -> dict[str, Any]:
             from raysseg.predict import predict
 
             return asdict(predict(job))
+        case config.ServeJob():
+            from raysseg.serve import serve
+
+            return asdict(serve(job))
         case config.ShardJob():
             from raysseg.shard import shard
 

@@ -25,9 +25,10 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raysseg import storage
-from raysseg.catalogue import HEADLINES, METRICS, MODELS
+from raysseg.catalogue import HEADLINES, METRICS, MODELS, PROMPT_MODELS
+from raysseg.hosting import Http, Replicas
 from raysseg.schema import InputError, Task
-from raysseg.section import Interval, Section, not_ordered, seconds_of
+from raysseg.section import Duration, Interval, Section, not_ordered, seconds_of
 from raysseg.space import LATENCY, Dimension, Objective, Search, usual_mode
 
 
@@ -58,9 +59,11 @@ Blend = Literal["gaussian", "uniform"]
 
 if TYPE_CHECKING:
     ModelName = str
+    PromptName = str
     MetricName = str
 else:
     ModelName = Literal[tuple(MODELS)]
+    PromptName = Literal[tuple(PROMPT_MODELS)]
     MetricName = Literal[tuple(dict.fromkeys(name for names in METRICS.values() for name in names))]
 
 
@@ -915,6 +918,60 @@ class ExportJob(BaseJob):
         return self.output if self.output.endswith(".onnx") else storage.join(self.output, "model.onnx")
 
 
+# --- serving ------------------------------------------------------------------------------------------------------
+
+
+class ServedBundle(Replicas):
+    """A trained model that segments images."""
+
+    bundle: Uri
+    """A bundle; or a run's folder, of which the best bundle is taken."""
+    follow: Duration | None = None
+    """How often a run's folder is looked at for a better bundle, which then takes over; null: never."""
+    batch_pixels: Annotated[int, Field(ge=1)] = 4_000_000
+    """Of the images, as the model sees them, that go through it together; a larger one goes alone."""
+    inference: Inference = Inference()
+    """Keys that are left out are as the bundle was validated."""
+    precision: Precision = "auto"
+
+
+class ServedPrompt(Section):
+    """A model that segments what points, boxes or masks ask for; its two halves have replicas of their own."""
+
+    prompt: PromptName
+    weights: str | None = None
+    """A hub id, a local folder or an s3:// URI; default: the authors' at the hub."""
+    encoder: Replicas = Replicas()
+    """Looks at each image once."""
+    decoder: Replicas = Replicas(gpus_per_replica=0)
+    """Answers each prompt."""
+    cache_mib: Annotated[int, Field(ge=16)] = 2048
+    """For images and what the encoder has made of them; the least recently used go first."""
+    precision: Precision = "auto"
+
+
+def _is_prompt(value: Any) -> str:
+    return (
+        "prompt" if isinstance(value, ServedPrompt) or (isinstance(value, Mapping) and "prompt" in value) else "bundle"
+    )
+
+
+AnyServed = Annotated[
+    Annotated[ServedBundle, Tag("bundle")] | Annotated[ServedPrompt, Tag("prompt")], Discriminator(_is_prompt)
+]
+
+
+class ServeJob(BaseJob):
+    """Models behind an HTTP interface."""
+
+    kind: Literal["serve"]
+    models: Annotated[dict[Annotated[str, Field(pattern=_NAME)], AnyServed], Field(min_length=1)]
+    """By the name that requests give."""
+    http: Http = Http()
+    local: bool = False
+    """In this process, one copy of each model, without a cluster: to try things out."""
+
+
 # --- search -------------------------------------------------------------------------------------------------------
 
 
@@ -1038,12 +1095,13 @@ def _laid_over(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     return {**raw, key: _laid_over(below, rest, value) if rest else value}
 
 
-Job = TrainJob | EvaluateJob | PredictJob | ShardJob | InspectJob | ExportJob | TuneJob
+Job = TrainJob | EvaluateJob | PredictJob | ShardJob | InspectJob | ExportJob | TuneJob | ServeJob
 JOBS: dict[str, type[Job]] = {
     "train": TrainJob,
     "tune": TuneJob,
     "evaluate": EvaluateJob,
     "predict": PredictJob,
+    "serve": ServeJob,
     "shard": ShardJob,
     "inspect": InspectJob,
     "export": ExportJob,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -62,6 +62,16 @@ class Predictor:
     def predict(self, images: Sequence[Pixels | Windowed]) -> list[View]:
         """Segments images, each (H, W, 3) uint8 RGB of any size; masks are of the images' own sizes."""
         return predict(self._model, images, self.bundle.preprocessing.size, self._dtype, self._inference)
+
+    def input_size(self, image: Pixels | Windowed) -> tuple[int, int]:
+        """The (height, width) at which the model sees an image."""
+        return _input_size(image, self.bundle.preprocessing.size)
+
+    def batch_key(self, image: Pixels | Windowed) -> Hashable:
+        """Images of one key go through the model at once; those that it looks at more than once go alone."""
+        if not self._inference.is_plain:
+            return object()
+        return None if self._model.takes_any_sizes else self.input_size(image)
 
     def grid(self, size: tuple[int, int]) -> Grid:
         """The tiles of an image of a (height, width), and the blocks that it can be cut into."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -120,6 +121,66 @@ class Sample:
     width: int
     id_map: bytes | None
     segments: tuple[Segment, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What points to one object of an image; points, box and mask go together.
+
+    Attributes:
+        points: x, y in pixels of the image.
+        labels: one a point: 1 on the object, 0 on the background.
+        box: x0, y0, x1, y1 in pixels, around the object.
+        mask: a first guess of the object; COCO's compressed RLE over the image.
+        is_multimask: three masks, for a prompt that may mean a part as well as the whole; else one.
+
+    Raises:
+        InputError: nothing is given, or what is given can't be of any image.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()
+    box: tuple[float, float, float, float] | None = None
+    mask: bytes | None = None
+    is_multimask: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.points and self.box is None and self.mask is None:
+            raise InputError("prompt: has no points, no box and no mask; give at least one of them")
+        if len(self.labels) != len(self.points):
+            raise InputError(
+                f"prompt.labels: {len(self.labels)} for {len(self.points)} points; give one a point: "
+                "1 on the object, 0 on the background"
+            )
+        if unknown := [label for label in self.labels if label not in (0, 1)]:
+            raise InputError(f"prompt.labels: {unknown[0]}; allowed: 1 on the object, 0 on the background")
+        for point in self.points:
+            if len(point) != 2 or not all(map(math.isfinite, point)):
+                raise InputError(f"prompt.points: {list(point)}; give x, y in pixels")
+        if self.box is not None:
+            if len(self.box) != 4 or not all(map(math.isfinite, self.box)):
+                raise InputError(f"prompt.box: {list(self.box)}; give x0, y0, x1, y1 in pixels")
+            if not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+                raise InputError(
+                    f"prompt.box: {list(self.box)} has no area; give x0, y0, x1, y1 with x0 < x1 and y0 < y1"
+                )
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Raises InputError where a point or the box lies outside of an image of this (height, width)."""
+        height, width = size
+        for x, y in self.points:
+            if not (0 <= x < width and 0 <= y < height):
+                raise InputError(
+                    f"prompt.points: {[x, y]} lies outside of the image; allowed: x from 0 to below {width}, "
+                    f"y from 0 to below {height}"
+                )
+        if self.box is not None:
+            x0, y0, x1, y1 = self.box
+            if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+                raise InputError(
+                    f"prompt.box: {list(self.box)} goes beyond the image; allowed: x from 0 to {width}, "
+                    f"y from 0 to {height}"
+                )
 
 
 class RunStopped(Exception):  # noqa: N818 - like KeyboardInterrupt

@@ -12,24 +12,20 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from torch import nn
 
 from raysseg import bundle as bundles
 from raysseg import cli, config, labelling, masks, storage
-from raysseg.bundle import Bundle, Preprocessing
 from raysseg.catalogue import HEADLINES
-from raysseg.config import AnySource, EvaluateJob, Inference, Model, PredictJob
+from raysseg.config import AnySource, EvaluateJob, Inference, PredictJob
 from raysseg.data import read_class_map, read_index, read_samples
 from raysseg.data.decode import decode_image
 from raysseg.evaluate import evaluate
 from raysseg.masks import LabelMap
-from raysseg.models import build_model
 from raysseg.predict import PredictResult, predict
 from raysseg.predictor import Predictor
 from raysseg.schema import InputError, Sample, Task
+from tests.tiny_bundles import MODELS, source, write_bundle
 
-MODELS: dict[Task, str] = {"semantic": "segformer-tiny", "instance": "maskrcnn-tiny", "panoptic": "mask2former-tiny"}
-CLASSIFIERS = ("classifier", "cls_score", "cls_logits", "class_predictor")
 Raw = dict[str, Any]
 
 
@@ -39,33 +35,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(number)
-
-
-def source(task: Task, folder: str) -> Raw:
-    """The validation split, as a task has it."""
-    images = f"{folder}/val/images"
-    if task == "semantic":
-        return {"format": "masks", "images": images, "masks": f"{folder}/val/masks"}
-    if task == "instance":
-        return {"format": "coco", "images": images, "annotations": f"{folder}/val/instances.json"}
-    return {
-        "format": "coco_panoptic",
-        "images": images,
-        "annotations": f"{folder}/val/panoptic.json",
-        "masks": f"{folder}/val/panoptic",
-    }
-
-
-def write_bundle(task: Task, example: Path, uri: str, seed: int = 0) -> None:
-    """A tiny model that knows nothing, but says something."""
-    data = config.parse_as(PredictJob, job_of("x", source(task, str(example)), "coco", "/nowhere"))
-    classes = read_class_map(str(example / "classes.json") if task == "semantic" else None, data.data)
-    torch.manual_seed(seed)
-    model = build_model(Model(name=MODELS[task], weights=None), classes, task).eval()
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in CLASSIFIERS):
-            nn.init.normal_(parameter, std=0.5)
-    bundles.write(Bundle(uri, task, classes, MODELS[task], Preprocessing(None), {}, {}, {}, Inference(), {}), model)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "raysseg"
 FLOORS = [  # ground first; a module imports from the floors below its own, or from its own package
     {"schema"},
     {"storage", "rle", "catalogue", "link", "section"},
-    {"space"},
+    {"hosting", "space"},
     {"config"},
     {"masks", "losses", "ledger", "trackers", "search"},
     {"data", "models", "metrics"},
@@ -22,7 +22,7 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"standing", "findings", "conductor"},
     {"saver"},
     {"worker"},
-    {"evaluate", "shard", "fingerprint", "export", "importance", "study", "labelling"},
+    {"evaluate", "shard", "fingerprint", "export", "importance", "study", "labelling", "serve"},
     {"validation", "inputs", "tuning_page", "predict"},
     {"trainer", "desk"},
     {"train"},
@@ -33,7 +33,7 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"cli"},
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-MAY_IMPORT_RAY = {"runtime", "trainer", "conductor", "place", "trial", "tune", "data/stream"}
+MAY_IMPORT_RAY = {"runtime", "trainer", "conductor", "place", "trial", "tune", "data/stream", "serve/cluster"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

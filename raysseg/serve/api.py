@@ -1,0 +1,285 @@
+"""The HTTP interface, version 1: routes, tokens, errors and counts, whatever answers behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
+from raysseg.hosting import Http
+from raysseg.schema import InputError, Prompt
+from raysseg.serve import openapi
+from raysseg.serve.answers import Answer, Form, choose_form
+from raysseg.serve.intake import Body, read_body
+from raysseg.serve.refusal import Refusal
+
+logger = logging.getLogger(__name__)
+
+PLAYGROUND = Path(__file__).parent / "playground"
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+Endpoint = TypeVar("Endpoint")
+Next = Callable[[Request], Awaitable[Response]]
+
+
+class Segmenting(Protocol):
+    """What answers for a bundle; see segment.Segmenter."""
+
+    async def card(self) -> dict[str, Any]:
+        """What `/v1/models` says of it."""
+
+    async def segment(self, image: bytes, form: Form) -> Answer:
+        """A checked image file's prediction."""
+
+
+class Prompting(Protocol):
+    """What answers for a prompted model; see prompt.Prompter."""
+
+    async def card(self) -> dict[str, Any]:
+        """What `/v1/models` says of it."""
+
+    async def upload(self, key: str, image: bytes) -> Answer:
+        """Has an image looked at."""
+
+    async def prompt(self, key: str, image: bytes | None, prompt: Prompt) -> Answer:
+        """The masks that a prompt asks for."""
+
+    async def everything(self, key: str, image: bytes | None) -> Answer:
+        """Masks of all that is in the image."""
+
+
+def build_api(segmenting: Mapping[str, Segmenting], prompting: Mapping[str, Prompting], http: Http) -> FastAPI:
+    """The application, for any ASGI server.
+
+    Args:
+        segmenting: what answers for bundles, by name.
+        prompting: what answers for prompted models, by name.
+        http: token and limits.
+
+    Raises:
+        InputError: the environment lacks the token that is to be asked for.
+    """
+    api = _Api(segmenting, prompting, http)
+    app = FastAPI(title="raysseg", version=version("raysseg"), description=openapi.DESCRIPTION)
+    app.middleware("http")(api.watch)
+    app.exception_handler(InputError)(to_problem)
+    add = app.add_api_route
+    add("/v1/models", api.list_models, openapi_extra=openapi.MODELS)
+    add("/v1/models/{name}", api.describe, openapi_extra=openapi.MODEL)
+    add("/v1/models/{name}/segment", api.segment, methods=["POST"], openapi_extra=openapi.SEGMENT)
+    add("/v1/models/{name}/images", api.upload, methods=["POST"], status_code=201, openapi_extra=openapi.IMAGES)
+    add("/v1/models/{name}/prompt", api.prompt, methods=["POST"], openapi_extra=openapi.PROMPT)
+    add("/v1/models/{name}/everything", api.everything, methods=["POST"], openapi_extra=openapi.EVERYTHING)
+    add("/healthz", api.is_up, openapi_extra=openapi.HEALTH)
+    add("/metrics", api.count, include_in_schema=False)
+    add("/", api.show_page, include_in_schema=False)
+    app.mount("/playground", StaticFiles(directory=PLAYGROUND))
+    return app
+
+
+async def to_problem(_: Request, error: Exception) -> Response:
+    """What can be mended, as RFC 9457 has it; an image that turns out not to be one is 422."""
+    refusal = error if isinstance(error, Refusal) else Refusal(422, str(error))
+    headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s is not None else {}
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return _problem(refusal.status, str(refusal), headers)
+
+
+def _problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    body = msgspec.json.encode({"title": openapi.TITLES.get(status, "Error"), "status": status, "detail": detail})
+    return Response(body, status, headers, media_type="application/problem+json")
+
+
+class _Api:
+    def __init__(self, segmenting: Mapping[str, Segmenting], prompting: Mapping[str, Prompting], http: Http) -> None:
+        self._segmenting, self._prompting, self._http = segmenting, prompting, http
+        self._token = _read_token(http)
+        self._registry = CollectorRegistry()
+        labels = ("model", "action")
+        self._requests = Counter(
+            "raysseg_requests", "Requests that were answered.", (*labels, "status"), registry=self._registry
+        )
+        self._seconds = Histogram(
+            "raysseg_request_seconds",
+            "From request to answer.",
+            ("model", "action"),
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+
+    # --- every request ---
+
+    async def watch(self, request: Request, follow: Next) -> Response:
+        """Asks for the token, counts, and turns what nobody foresaw into a plain 500."""
+        began = time.perf_counter()
+        path = request.url.path
+        if path.startswith("/v1/") and not self._is_allowed(request):
+            detail = "the bearer token is missing or wrong; send `Authorization: Bearer TOKEN`"
+            response = _problem(401, detail, {"WWW-Authenticate": "Bearer"})
+        else:
+            try:
+                response = await follow(request)
+            except Exception:
+                logger.exception("%s %s failed", request.method, path)
+                response = _problem(500, "this is a bug of the server; its log says more")
+        if not path.startswith(("/docs", "/redoc")):  # which load their page's parts from elsewhere
+            response.headers.update(_HEADERS)
+        if match := re.fullmatch(r"/v1/models/([^/]+)/(\w+)", path):
+            name = match[1] if match[1] in {*self._segmenting, *self._prompting} else "unknown"
+            self._requests.labels(name, match[2], response.status_code).inc()
+            self._seconds.labels(name, match[2]).observe(time.perf_counter() - began)
+        return response
+
+    def _is_allowed(self, request: Request) -> bool:
+        given = request.headers.get("authorization", "")
+        return self._token is None or hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode())
+
+    # --- models ---
+
+    async def list_models(self) -> Response:
+        """The models, with their classes and metrics."""
+        endpoints: list[Segmenting | Prompting] = [*self._segmenting.values(), *self._prompting.values()]
+        cards = await asyncio.gather(*(endpoint.card() for endpoint in endpoints))
+        return _json({"models": cards})
+
+    async def describe(self, name: str) -> Response:
+        """One model."""
+        endpoints: dict[str, Segmenting | Prompting] = {**self._segmenting, **self._prompting}
+        return _json(await _known(name, endpoints).card())
+
+    async def segment(self, name: str, request: Request) -> Response:
+        """What an image shows."""
+        endpoint = _known(name, self._segmenting, self._prompting)
+        form = choose_form(request.headers.get("accept", ""), request.query_params.get("as"))
+        image, _ = await read_body(request, self._http)
+        if image is None:
+            raise Refusal(400, "there is no image; send a file `image`, or the image itself, or a `uri`")
+        return _respond(await endpoint.segment(image, form))
+
+    # --- prompted models ---
+
+    async def upload(self, name: str, request: Request) -> Response:
+        """Has an image looked at, for prompts that name it by its hash."""
+        endpoint = _known(name, self._prompting, self._segmenting)
+        key, image, _ = _keyed(await read_body(request, self._http))
+        if image is None:
+            raise Refusal(400, "there is no image; send a file `image`, or the image itself, or a `uri`")
+        return _respond(await endpoint.upload(key, image), 201)
+
+    async def prompt(self, name: str, request: Request) -> Response:
+        """The masks that a prompt asks for, best first."""
+        endpoint = _known(name, self._prompting, self._segmenting)
+        key, image, keys = _keyed(await read_body(request, self._http))
+        return _respond(await endpoint.prompt(key, image, to_prompt(keys)))
+
+    async def everything(self, name: str, request: Request) -> Response:
+        """Masks of all that is in an image."""
+        endpoint = _known(name, self._prompting, self._segmenting)
+        key, image, _ = _keyed(await read_body(request, self._http))
+        return _respond(await endpoint.everything(key, image))
+
+    # --- the rest ---
+
+    async def is_up(self) -> Response:
+        """Whether requests are taken in."""
+        return _json({"status": "ok"})
+
+    async def count(self) -> Response:
+        """The counts of this process, for Prometheus."""
+        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+
+    async def show_page(self) -> Response:
+        """The playground."""
+        return FileResponse(PLAYGROUND / "index.html")
+
+
+def _read_token(http: Http) -> str | None:
+    if http.token_variable is None:
+        return None
+    if not (token := os.environ.get(http.token_variable)):
+        raise InputError(
+            f"http.token_variable: the environment variable {http.token_variable} is not set where requests come in; "
+            "set it there, or leave this key out"
+        )
+    return token
+
+
+def _known(name: str, of: Mapping[str, Endpoint], others: Mapping[str, object] | None = None) -> Endpoint:
+    if name in of:
+        return of[name]
+    if others and name in others:
+        raise Refusal(404, f"the model {name!r} has no such action; allowed here: {', '.join(of) or 'no model'}")
+    raise Refusal(404, f"there is no model {name!r}; allowed: {', '.join({**of, **(others or {})})}")
+
+
+def _keyed(body: Body) -> tuple[str, bytes | None, dict[str, Any]]:
+    """The key of the image that a body holds or names; the image; the other keys."""
+    if body.image is not None:
+        return hashlib.sha256(body.image).hexdigest(), body.image, body.keys
+    key = body.keys.get("image")
+    if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
+        raise Refusal(400, f"image: received {key!r}; allowed: the 64 hex digits that an upload has answered")
+    return key, None, body.keys
+
+
+class _Mask(msgspec.Struct):
+    counts: str
+
+
+class _PromptKeys(msgspec.Struct):
+    """The keys of a prompt in JSON."""
+
+    points: list[tuple[float, float]] = []
+    labels: list[int] | None = None
+    box: tuple[float, float, float, float] | None = None
+    mask: _Mask | None = None
+    multimask: bool = True
+
+
+def to_prompt(keys: Mapping[str, Any]) -> Prompt:
+    """A prompt from the keys of JSON; all points are of the object where there are no labels.
+
+    Raises:
+        Refusal: they are none.
+        InputError: they don't fit together.
+    """
+    try:
+        given = msgspec.convert(keys, _PromptKeys)
+    except msgspec.ValidationError as error:
+        raise Refusal(400, f"the prompt can't be read: {error}") from error
+    return Prompt(
+        points=tuple(given.points),
+        labels=tuple(given.labels if given.labels is not None else [1] * len(given.points)),
+        box=given.box,
+        mask=given.mask.counts.encode() if given.mask is not None else None,
+        is_multimask=given.multimask,
+    )
+
+
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+def _respond(answer: Answer, status: int = 200) -> Response:
+    return Response(answer.body, status, media_type=answer.media_type)

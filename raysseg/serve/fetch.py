@@ -1,0 +1,83 @@
+"""Images that requests name by URI: from where the operator allows it, and from no private address."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from urllib.parse import urlsplit
+
+import httpx
+
+from raysseg import storage
+from raysseg.hosting import Http
+from raysseg.serve.refusal import Refusal
+
+_TIMEOUT_S = 20.0
+
+
+async def fetch(uri: str, http: Http) -> bytes:
+    """The file behind a URI.
+
+    Raises:
+        Refusal: it is not allowed, can't be had, or too large.
+    """
+    parts = urlsplit(uri)
+    if ".." in parts.path.split("/") or not uri.startswith(http.fetch):
+        allowed = ", ".join(http.fetch) if http.fetch else "none here; send the image itself"
+        raise Refusal(403, f"uri: {uri!r} is not allowed; allowed beginnings: {allowed}")
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await (_fetch_web if parts.scheme == "https" else _fetch_stored)(uri, http)
+    except (httpx.HTTPError, storage.StorageError, OSError, TimeoutError) as error:
+        raise Refusal(
+            422, f"uri: {uri!r} can't be had ({type(error).__name__}); check it, or send the image"
+        ) from error
+
+
+async def _fetch_stored(uri: str, http: Http) -> bytes:
+    data = await asyncio.to_thread(_read_start, uri, http.max_bytes + 1)
+    _check_size(len(data), http)
+    return data
+
+
+def _read_start(uri: str, size: int) -> bytes:
+    with storage.open_input(uri) as file:
+        return bytes(file.read(size))
+
+
+async def _fetch_web(uri: str, http: Http) -> bytes:
+    """Over a connection to the very address that was looked at: a name may mean another one a moment later."""
+    url = httpx.URL(uri)
+    address = await _public_address(url.host, url.port or 443)
+    request = httpx.Request(
+        "GET", url.copy_with(host=address), headers={"Host": url.netloc.decode()}, extensions={"sni_hostname": url.host}
+    )
+    data = bytearray()
+    async with httpx.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
+        answer = await client.send(request, stream=True)
+        if answer.status_code != 200:
+            raise Refusal(422, f"uri: {uri!r} answers {answer.status_code}; allowed: 200, without redirection")
+        async for chunk in answer.aiter_bytes():
+            data += chunk
+            _check_size(len(data), http)
+    return bytes(data)
+
+
+async def _public_address(host: str, port: int) -> str:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(entry[4][0]) for entry in found]
+    if not addresses or not all(map(_is_public, addresses)):
+        raise Refusal(403, f"uri: {host} has a private address, and those are never asked; send the image itself")
+    return addresses[0]
+
+
+def _is_public(text: str) -> bool:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    inner = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (inner or address).is_global
+
+
+def _check_size(size: int, http: Http) -> None:
+    if size > http.max_bytes:
+        raise Refusal(413, f"the file is too large; allowed: {http.max_bytes} bytes")

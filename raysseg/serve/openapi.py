@@ -1,0 +1,95 @@
+"""What /docs says of each route, with examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DESCRIPTION = (
+    "Segments images with trained models, and by prompts. Images are JPEG, PNG, TIFF or WebP. "
+    "Errors are `application/problem+json`; their `detail` says what to mend."
+)
+
+TITLES = {
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    406: "Not Acceptable",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    422: "Unprocessable Content",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+
+_KEY = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+_RLE = {"size": [192, 256], "counts": "Ph02m500O1O1N2O1O1O1N2"}
+_MASK = {"score": 0.97, "bbox": [24, 40, 61, 33], "area": 1480, "segmentation": _RLE}
+_CARD = {
+    "name": "camvid",
+    "kind": "segment",
+    "model": "segformer-b0",
+    "task": "semantic",
+    "classes": [{"id": 8, "name": "car", "colour": [64, 0, 128], "isthing": True}],
+    "metrics": {"val/miou": 0.61},
+    "version": "3f2a9c01d4e7",
+}
+_SIZE = {"height": 192, "width": 256}
+
+
+def _responses(example: object, *statuses: int, status: int = 200) -> dict[str, Any]:
+    done = {"description": "Done", "content": {"application/json": {"example": example}}}
+    problems = {str(code): {"description": TITLES[code]} for code in statuses}
+    return {str(status): done, **problems}
+
+
+def _body(example: dict[str, Any]) -> dict[str, Any]:
+    image = {"type": "string", "format": "binary"}
+    form = {"type": "object", "properties": {"image": image, "prompt": {"type": "string"}}, "required": ["image"]}
+    content = {
+        "multipart/form-data": {"schema": form},
+        "image/jpeg": {"schema": image},
+        "image/png": {"schema": image},
+        "application/json": {"schema": {"type": "object"}, "example": example},
+    }
+    return {"required": True, "content": content}
+
+
+_ERRORS = (400, 401, 403, 404, 413, 415, 422, 503)
+_AS = {
+    "name": "as",
+    "in": "query",
+    "description": "The form of the answer; wins over Accept.",
+    "schema": {"type": "string", "enum": ["json", "ids", "overlay", "polygons"]},
+}
+
+MODELS = {"responses": _responses({"models": [_CARD]}, 401)}
+MODEL = {"responses": _responses(_CARD, 401, 404)}
+SEGMENT: dict[str, Any] = {
+    "parameters": [_AS],
+    "requestBody": _body({"uri": "s3://bucket/images/0001.jpg"}),
+    "responses": _responses(
+        {
+            "model": "camvid",
+            "version": "3f2a9c01d4e7",
+            "task": "semantic",
+            **_SIZE,
+            "segments": [{"id": 1, "category_id": 8, "category": "car", **_MASK}],
+        },
+        406,
+        *_ERRORS,
+    ),
+}
+SEGMENT["responses"]["200"]["content"] |= {"image/png": {}, "application/geo+json": {}}
+IMAGES = {
+    "requestBody": _body({"uri": "s3://bucket/images/0001.jpg"}),
+    "responses": _responses({"image": _KEY, **_SIZE}, *_ERRORS, status=201),
+}
+_MASKS = {"model": "sam", "version": "sam-vit-base", **_SIZE, "masks": [_MASK]}
+PROMPT = {
+    "requestBody": _body({"image": _KEY, "points": [[120, 80], [30, 30]], "labels": [1, 0], "multimask": True}),
+    "responses": _responses(_MASKS, *_ERRORS),
+}
+EVERYTHING = {"requestBody": _body({"image": _KEY}), "responses": _responses(_MASKS, *_ERRORS)}
+HEALTH = {"responses": _responses({"status": "ok"})}
