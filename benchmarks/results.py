@@ -42,6 +42,11 @@ def compare(what: str, ours: Sequence[float], peer: Sequence[float], target: str
     }
 
 
+def print_rows(rows: Sequence[Row]) -> None:
+    """Prints the rows as a table."""
+    print(_as_table(rows))
+
+
 def write_result(what: str, device: str, rows: Sequence[Row], settings: Mapping[str, object]) -> Path:
     """Prints the rows as a table and writes them to benchmarks/results/<date>-<what>-<device>.json."""
     path = FOLDER / f"{time.strftime('%Y-%m-%d')}-{what}-{device}.json"
@@ -57,7 +62,7 @@ def write_result(what: str, device: str, rows: Sequence[Row], settings: Mapping[
     }
     FOLDER.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
-    print(_as_table(rows))
+    print_rows(rows)
     print(f"\n{path}")
     return path
 

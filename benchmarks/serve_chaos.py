@@ -1,0 +1,149 @@
+"""A load whose replicas are killed and whose bundle is replaced, and every answer checked: a part of bench_serve."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.results import Row
+from benchmarks.serve_cluster import deploy, kill, running_pids, serving, wait_until
+from benchmarks.serve_load import Attempt, Client, Load, Outcome, send
+from benchmarks.serve_peers import Model
+from benchmarks.serve_sides import draw_images, free_port, segment_url, serve_job, to_asks, write_bundle
+from raysseg import rle
+from raysseg.config import ServeJob
+from raysseg.serve.segment import find_bundle
+
+_REPLICAS = {"replicas": 2, "cpus_per_replica": 0.25}
+_RECOVERY_S = 120.0
+
+
+def measure_chaos(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """What became of all requests."""
+    images = draw_images(folder / "data", options.images, options.side)
+    uris = [write_bundle(folder / "data/classes.json", options.model, folder / f"bundle-{i}", seed=i) for i in (0, 1)]
+    port = free_port()
+    jobs = [serve_job(uri, port, _REPLICAS, ingress_replicas=2) for uri in uris]
+    answers = {find_bundle(uri)[1]: expected_answers(uri, images) for uri in uris}
+    assert len(answers) == 2, "the bundles have to differ"
+    expected = {version: [hashlib.sha256(body).hexdigest() for body in bodies] for version, bodies in answers.items()}
+    asks = to_asks(images, folder / "forms", segment_url(port))
+    (clients,) = options.clients
+    with serving(jobs[0]):
+        send(Load(asks, concurrency=clients, count=40))  # until all is warm
+        client = Client(Load(asks, clients, seconds=options.seconds, retries=1, expected=expected))
+        recoveries, update_s = disturb(jobs, options.seconds, options.kill_every)
+        outcome = client.finish()
+    for place, body in outcome.odd[:5]:
+        print(f"image {place}: {explain(body, {version: bodies[place] for version, bodies in answers.items()})}")
+    return to_rows(outcome, recoveries, update_s, find_bundle(uris[1])[1])
+
+
+def expected_answers(uri: str, images: Sequence[Path]) -> list[bytes]:
+    """What the bundle's Predictor says of each image, alone."""
+    model = Model(uri)
+    return [model.answer(path.read_bytes()) for path in images]
+
+
+def disturb(jobs: Sequence[ServeJob], seconds: float, every: float) -> tuple[dict[str, list[float]], float]:
+    """Kills replicas, of the model and of the ingress in turn, and moves to the second job in the middle.
+
+    Returns the seconds from each kill until all replicas were there again, and those of the update.
+    """
+    began = time.monotonic()
+    (name,) = jobs[0].models
+    recoveries: dict[str, list[float]] = {name: [], "ingress": []}
+    update_s = [0.0]
+
+    def update() -> None:
+        at = time.monotonic()
+        deploy(jobs[1])
+        update_s[0] = time.monotonic() - at
+
+    updating = threading.Timer(seconds / 2, update)
+    updating.start()
+    for i in itertools.count():
+        at = (i + 0.5) * every
+        if at > seconds - every / 4:
+            break
+        time.sleep(max(0.0, began + at - time.monotonic()))
+        deployment = (name, "ingress")[i % 2]
+        if not (pids := running_pids(jobs[0], deployment)):
+            print(f"{at:.0f} s: no replica of {deployment} is running", flush=True)
+            continue
+        kill(pids[0])
+        recoveries[deployment].append(recovery_s(jobs[0], deployment, pids[0]))
+        print(f"{at:.0f} s: {deployment} killed, whole after {recoveries[deployment][-1]:.1f} s", flush=True)
+    updating.join()
+    return recoveries, update_s[0]
+
+
+def recovery_s(job: ServeJob, deployment: str, killed: int) -> float:
+    """Seconds until two replicas run again, none of which is the killed one."""
+
+    def is_whole() -> bool:
+        pids = running_pids(job, deployment)
+        return len(pids) >= 2 and killed not in pids
+
+    return wait_until(is_whole, _RECOVERY_S)
+
+
+def explain(body: str, expected: dict[str, bytes]) -> str:
+    """How a wrong answer differs from the right one."""
+    answer = json.loads(body)
+    if answer["version"] not in expected:
+        return f"version {answer['version']} is none that was served"
+    right = json.loads(expected[answer["version"]])
+    given, wanted = (to_labels(one) for one in (answer, right))
+    return f"{np.mean(given != wanted):.2e} of the pixels differ, of version {answer['version']}"
+
+
+def to_labels(answer: dict[str, Any]) -> npt.NDArray[np.int64]:
+    """The class of each pixel, (H, W)."""
+    size: tuple[int, int] = (answer["height"], answer["width"])
+    labels = np.full(size, -1, np.int64)
+    for segment in answer["segments"]:
+        runs = rle.to_runs(segment["segmentation"]["counts"].encode(), size)
+        labels[rle.to_mask(runs, size)] = segment["category_id"]
+    return labels
+
+
+def to_rows(outcome: Outcome, recoveries: dict[str, list[float]], update_s: float, newer: str) -> list[Row]:
+    """The counts, a row each."""
+    by_request: dict[int, list[Attempt]] = {}
+    for attempt in outcome.attempts:
+        by_request.setdefault(attempt.request, []).append(attempt)
+    failed = [attempt for attempt in outcome.attempts if attempt.status != 200]
+    for text, number in Counter(f"{one.status}: {one.error[:160]}" for one in failed).most_common(8):
+        print(f"{number} times {text}")
+    lost = [number for number, tries in by_request.items() if all(one.status != 200 for one in tries)]
+    values: list[tuple[str, float, str]] = [
+        ("requests", len(by_request), "-"),
+        ("kills", sum(map(len, recoveries.values())), "-"),
+        ("answers 5xx", sum(one.status >= 500 for one in failed), "-"),
+        ("other answers than 200", sum(0 < one.status < 500 for one in failed), "0"),
+        ("connection errors", sum(one.status == 0 for one in failed), "-"),
+        ("retries", len(outcome.attempts) - len(by_request), "-"),
+        ("lost after one retry", len(lost), "0"),
+        ("wrong answers", sum(not one.is_right for one in outcome.attempts), "0"),
+        ("answers by the second bundle", sum(one.version == newer for one in outcome.answered), "> 0"),
+        ("rolling update, s", update_s, "-"),
+        *((f"{name} whole again, s", median(seconds), "-") for name, seconds in recoveries.items() if seconds),
+        ("requests/s", outcome.rate, "-"),
+        ("p50 ms", outcome.latency_ms(0.5), "-"),
+        ("p95 ms", outcome.latency_ms(0.95), "-"),
+        ("slowest ms", outcome.latency_ms(1.0), "-"),
+    ]
+    return [{"what": name, "value": value, "target": target} for name, value, target in values]
