@@ -192,21 +192,23 @@ def measure_scaling(options: argparse.Namespace, folder: Path) -> list[Row]:
         send(Load(asks, concurrency=2, count=20))
         for i in range(options.rounds):
             wait_until(lambda: num_replicas(job, name) == 1, 120)
-            began = time.time()
             client = Client(Load(asks, concurrency=max(options.clients), seconds=600))
-            decided = wait_until(lambda: num_replicas(job, name) == 2, 120)
-            up = decided + wait_until(lambda: len(running_pids(job, name)) == 2, 120)
+            wait_until(lambda: num_replicas(job, name) == 2, 120)
+            decided = time.time()
+            wait_until(lambda: len(running_pids(job, name)) == 2, 120)
+            up = time.time()
             time.sleep(options.seconds)
             outcome = client.stop()
+            began = min(attempt.at for attempt in outcome.attempts)
             down = wait_until(lambda: num_replicas(job, name) == 1, 300)
             rows.append(
                 {
                     "round": i,
-                    "decision s": decided,
-                    "second replica s": up,
-                    "requests/s, one": rate_between(outcome, began + 1, began + decided),
-                    "requests/s, while it starts": rate_between(outcome, began + decided, began + up),
-                    "requests/s, two": rate_between(outcome, began + up + 1, began + up + options.seconds),
+                    "decision s": decided - began,
+                    "second replica s": up - began,
+                    "requests/s, one": rate_between(outcome, began, decided),
+                    "requests/s, while it starts": rate_between(outcome, decided, up),
+                    "requests/s, two": rate_between(outcome, up + 1, up + options.seconds),
                     "errors": outcome.num_errors,
                     "down s": down,
                 }
