@@ -280,6 +280,7 @@ function askEverything() {
     const masks = answer.masks.sort((one, other) => other.area - one.area);
     const toNameless = (mask, place) => ({ ...mask, name: `mask ${place + 1}`, colour: hueColour(place), isNameless: true });
     state.answers[0] = masks.map(toNameless);
+    if (!masks.length) say("The model found nothing.");
     refresh();
   };
   return tell(runPrompt(work));

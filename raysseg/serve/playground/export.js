@@ -28,7 +28,7 @@ export function toCoco(images, categories) {
 /** The file that `classes` of a job may name. */
 export function toClassList(categories) {
   const classes = categories.map(({ id, name, colour, isthing }) => ({ id, name, colour, isthing: Number(isthing) }));
-  return { classes, ignore_index: voidId(categories) || UNLABELLED };
+  return { classes, ignore_index: categories.some(({ id }) => id === 0) ? UNLABELLED : 0 };
 }
 
 /** The id of pixels without a mask: 0, unless 0 means a class that is there to be seen. */
