@@ -28,9 +28,10 @@ from raysseg.data.batches import build_feed, iter_batches, iter_chunks, iter_pai
 from raysseg.data.example import draw_example
 from raysseg.data.index import SampleIndex
 from raysseg.ledger import Ledger, num_steps
-from raysseg.loop import Step, build_state, fit, resolve_precision, wrap
+from raysseg.loop import Step, build_state, fit, wrap
 from raysseg.metrics import Metrics
 from raysseg.models import SegModel, build_model
+from raysseg.models.base import resolve_precision
 from raysseg.predictor import Predicted, predict, predict_pairs
 from raysseg.schema import ClassMap
 

@@ -25,10 +25,11 @@ from raysseg.data import read_class_map, read_index
 from raysseg.data.augment import FILL
 from raysseg.data.batches import iter_pairs
 from raysseg.data.index import Failure
-from raysseg.loop import learning_rate_factor, resolve_precision
+from raysseg.loop import learning_rate_factor
 from raysseg.masks import to_indices
 from raysseg.metrics import Metrics
 from raysseg.models import SegModel, build_model
+from raysseg.models.base import resolve_precision
 from raysseg.models.segformer import MEAN, STD
 from raysseg.predictor import predict, predict_pairs
 from raysseg.runtime import log_to_stderr

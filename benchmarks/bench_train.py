@@ -24,8 +24,9 @@ from raysseg import config
 from raysseg.data import read_class_map
 from raysseg.data.batches import Batch
 from raysseg.data.example import draw_example
-from raysseg.loop import EpochResult, build_state, fit, learning_rate_factor, resolve_precision, wrap
+from raysseg.loop import EpochResult, build_state, fit, learning_rate_factor, wrap
 from raysseg.models import SegModel, Targets, build_model
+from raysseg.models.base import resolve_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_CLASSES = 19

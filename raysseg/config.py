@@ -951,13 +951,12 @@ class ServedPrompt(Section):
 
 
 def _is_prompt(value: Any) -> str:
-    return (
-        "prompt" if isinstance(value, ServedPrompt) or (isinstance(value, Mapping) and "prompt" in value) else "bundle"
-    )
+    is_prompt = isinstance(value, ServedPrompt) or (isinstance(value, Mapping) and "prompt" in value)
+    return "prompted" if is_prompt else "trained"
 
 
 AnyServed = Annotated[
-    Annotated[ServedBundle, Tag("bundle")] | Annotated[ServedPrompt, Tag("prompt")], Discriminator(_is_prompt)
+    Annotated[ServedBundle, Tag("trained")] | Annotated[ServedPrompt, Tag("prompted")], Discriminator(_is_prompt)
 ]
 
 

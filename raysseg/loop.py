@@ -241,14 +241,6 @@ def synchronise_batch_norm(model: SegModel) -> SegModel:
     return converted
 
 
-def resolve_precision(precision: config.Precision, device: torch.device) -> torch.dtype:
-    """The type that forward passes run in; `auto` is bf16 on GPUs that have it, else fp32."""
-    if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
 def learning_rate_factor(schedule: config.Schedule, step: int, total: int) -> float:
     """The learning rate of a step (from 0) over the base rate: linear warm-up, then the decay."""
     warmup = round(schedule.warmup * total)

@@ -17,9 +17,9 @@ from raysseg.data.augment import Windowed, resize_image
 from raysseg.data.batches import Pair
 from raysseg.data.decode import Pixels
 from raysseg.data.index import Failure
-from raysseg.loop import resolve_precision
 from raysseg.masks import IdMap, LabelMap, View
 from raysseg.models import Outputs, SegModel
+from raysseg.models.base import resolve_precision
 from raysseg.schema import InputError
 from raysseg.tiling import Block, Grid, Labelled
 

@@ -31,13 +31,13 @@ from raysseg.loop import (
     TrainState,
     build_state,
     fit,
-    resolve_precision,
     scored_model,
     synchronise_batch_norm,
     wrap,
 )
 from raysseg.metrics import Metrics
 from raysseg.models import SegModel, build_model
+from raysseg.models.base import resolve_precision
 from raysseg.predictor import predict, predict_pairs
 from raysseg.saver import Saved, Saver
 from raysseg.schema import ClassMap, InputError

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysseg.config import Inference
+from raysseg.config import Inference, Precision
 from raysseg.masks import IdMap, LabelMap, View
 from raysseg.schema import ClassMap, Task
 
@@ -23,6 +23,14 @@ Images = Tensor | Sequence[Tensor]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's images in the range 0 to 1, by which most authors normalise."""
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type that forward passes run in; `auto` is bf16 on GPUs that have it, else fp32."""
+    if precision == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 class Regions(NamedTuple):

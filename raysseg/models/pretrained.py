@@ -22,21 +22,24 @@ from raysseg.schema import ClassMap, InputError
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # of loading and saving: a small model takes no time
 
+_KEY = "model.weights"
+
 Config = TypeVar("Config", bound=PreTrainedConfig)
 Net = TypeVar("Net", bound=PreTrainedModel)
 
 
-def read_kind(weights: str) -> str:
+def read_kind(weights: str, key: str = _KEY) -> str:
     """What transformers calls the model that weights are of.
 
     Args:
         weights: a hub id, a local folder or an s3:// URI.
+        key: what errors name.
 
     Raises:
         InputError: no configuration lies beside them.
     """
-    with _naming(weights):
-        return str(PreTrainedConfig.get_config_dict(_source(weights))[0].get("model_type"))
+    with naming(weights, key):
+        return str(PreTrainedConfig.get_config_dict(source(weights))[0].get("model_type"))
 
 
 def read_config(kind: type[Config], weights: str) -> Config:
@@ -51,8 +54,8 @@ def read_config(kind: type[Config], weights: str) -> Config:
     """
     if (found := read_kind(weights)) != kind.model_type:
         raise InputError(f"model.weights: {weights} is a {found} model; give weights of a {kind.model_type} model")
-    with _naming(weights):
-        config: Config = kind.from_pretrained(_source(weights))
+    with naming(weights):
+        config: Config = kind.from_pretrained(source(weights))
     return config
 
 
@@ -91,9 +94,9 @@ def read_net(
     is_same = names == list(classes.names)
     set_classes(config, classes)
     net: Net
-    with _naming(weights):
+    with naming(weights):
         net, info = kind.from_pretrained(
-            _source(weights), config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            source(weights), config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
     for head in heads:
         if not is_same:
@@ -136,20 +139,20 @@ def write_preprocessing(folder: Path, kind: str, size: tuple[int, int] | None, m
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2))
 
 
-def _source(weights: str) -> str:
+def source(weights: str) -> str:
     """What transformers takes: a local folder or a hub id."""
     return str(storage.fetch_files(weights)) if storage.is_remote(weights) else weights
 
 
 @contextmanager
-def _naming(weights: str) -> Iterator[None]:
-    """Errors of loading name the weights."""
+def naming(weights: str, key: str = _KEY) -> Iterator[None]:
+    """Errors of loading name the weights, and the key that they are given by."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"model.weights: {weights} can't be loaded: {error}; "
-            "give a hub id, a folder with config.json and model.safetensors, an s3:// URI, or null"
+            f"{key}: {weights} can't be loaded: {error}; "
+            f"give a hub id, a folder with config.json and model.safetensors, an s3:// URI{', or null' * (key == _KEY)}"
         ) from error
 
 
@@ -157,9 +160,10 @@ def _log_unused(weights: str, info: Mapping[str, Any], made_new: Sequence[str]) 
     """Says which of the weights were not used, and which of the model's are new."""
     unused = sorted(info["unexpected_keys"])
     new = sorted({*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"]), *made_new})
-    logger.info("weights: %s; not used: %s; new in this model: %s", weights, _listed(unused), _listed(new))
+    logger.info("weights: %s; not used: %s; new in this model: %s", weights, listed(unused), listed(new))
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     shown = ", ".join(names[:6])
     return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "none"

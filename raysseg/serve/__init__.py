@@ -14,8 +14,8 @@ from raysseg.schema import InputError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from ray.serve import Application
 
+    from raysseg.serve.cluster import Application
     from raysseg.serve.prompt import Prompter
 
 logger = logging.getLogger(__name__)

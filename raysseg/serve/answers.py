@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from raysseg import masks, report, rle
 from raysseg.data.decode import Pixels
@@ -115,10 +116,9 @@ def to_json(
 
 def to_mask_entry(encoded: bytes, size: tuple[int, int], score: float | None) -> dict[str, Any]:
     """A mask with COCO's keys."""
-    crop, (top, left) = rle.to_crop(rle.to_runs(encoded, size), size)
-    box = [left, top, crop.shape[1], crop.shape[0]]
-    segmentation = {"size": list(size), "counts": encoded.decode()}
-    return {"score": score, "bbox": box, "area": int(np.count_nonzero(crop)), "segmentation": segmentation}
+    compressed = {"size": list(size), "counts": encoded}
+    box, area = coco_mask.toBbox(compressed).tolist(), int(coco_mask.area(compressed))
+    return {"score": score, "bbox": box, "area": area, "segmentation": {**compressed, "counts": encoded.decode()}}
 
 
 def to_regions(view: View) -> Iterator[Region]:

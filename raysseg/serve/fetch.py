@@ -14,6 +14,7 @@ from raysseg.hosting import Http
 from raysseg.serve.refusal import Refusal
 
 _TIMEOUT_S = 20.0
+_UNICAST = ipaddress.ip_network("2000::/3")  # beyond it lie translations to IPv4
 
 
 async def fetch(uri: str, http: Http) -> bytes:
@@ -67,15 +68,19 @@ async def _fetch_web(uri: str, http: Http) -> bytes:
 async def _public_address(host: str, port: int) -> str:
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
-    if not addresses or not all(map(_is_public, addresses)):
+    if not addresses or not all(map(is_public, addresses)):
         raise Refusal(403, f"uri: {host} has a private address, and those are never asked; send the image itself")
     return addresses[0]
 
 
-def _is_public(text: str) -> bool:
+def is_public(text: str) -> bool:
+    """Whether an address is one of the open net, and stands for no other one."""
     address = ipaddress.ip_address(text.partition("%")[0])
-    inner = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (inner or address).is_global
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_global
+    return address.is_global and address in _UNICAST and not address.sixtofour and not address.teredo
 
 
 def _check_size(size: int, http: Http) -> None:

@@ -1,0 +1,307 @@
+"""Ray Serve: each model a deployment of its own behind one that takes requests in.
+
+A replica's death fails no request: predictions change nothing, so they are asked for again. What an encoder has made is
+kept by an actor of the deployment that answers prompts, which outlives each replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application as Application  # what this module builds
+from ray.serve.config import AutoscalingConfig, DeploymentActorConfig, HTTPOptions
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from raysseg import storage
+from raysseg.config import ServedBundle, ServedPrompt, ServeJob
+from raysseg.hosting import Replicas
+from raysseg.models.sam import Embedding
+from raysseg.runtime import as_input_error, connect, log_to_stderr
+from raysseg.schema import InputError, Prompt
+from raysseg.section import seconds_of
+from raysseg.serve.answers import Answer, Form
+from raysseg.serve.api import build_api
+from raysseg.serve.cache import Cache
+from raysseg.serve.prompt import Encoder, Prompter, to_card
+from raysseg.serve.refusal import Refusal
+from raysseg.serve.segment import Segmenter, read_card
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 3  # of a request whose replica dies
+_PAUSE_S = 0.5  # between two of them
+_CARD_S = 10.0  # for which a card is taken for true
+_STORE = "embeddings"
+_INGRESS_ONGOING = 512  # requests that one process takes in at a time
+
+
+def serve_on_ray(job: ServeJob) -> None:
+    """Deploys a job: on a cluster that it has joined for good, on one of its own until a signal ends it.
+
+    Raises:
+        InputError: it can't be deployed; the message is the replicas'.
+    """
+    is_joined = "RAY_ADDRESS" in os.environ
+    connect()
+    timeout_s = seconds_of(job.http.timeout)
+    serve.start(http_options=HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s))
+    try:
+        serve.run(to_application(job), name=job.name, route_prefix="/")
+    except RuntimeError as error:
+        messages = [entry.message for entry in serve.status().applications.values() if entry.message]
+        serve.delete(job.name)
+        raise InputError(f"{job.name} can't be deployed: {' '.join(messages) or error}") from error
+    logger.info("serve: %s at http://%s:%d/", ", ".join(job.models), job.http.host, job.http.port)
+    if not is_joined:
+        _wait_for_signal()
+        serve.shutdown()
+
+
+def _wait_for_signal() -> None:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    while not stopped.wait(1):  # a wait without end would let no signal in
+        pass
+    logger.info("serve: what is under way is finished; nothing more is taken in")
+
+
+def to_application(job: ServeJob) -> Application:
+    """The deployments of a job: one a model, two for a prompted one, and the one that takes requests in."""
+    models = []
+    for name, served in job.models.items():
+        if isinstance(served, ServedPrompt):
+            models += _prompt_deployments(name, served, job)
+        else:
+            options = {**_options(served), "user_config": {"bundle": served.bundle}}
+            models.append(serve.deployment(Segmenter).options(name=name, **options).bind(name, served, job.s3))
+    ingress = serve.deployment(serve.ingress(_api_builder(job))()).options(
+        name="ingress",
+        num_replicas=job.http.replicas,
+        max_ongoing_requests=_INGRESS_ONGOING,
+        max_queued_requests=_INGRESS_ONGOING,
+        backpressure_config={"status_code": 503, "retry_after_s": 1},
+        max_surge_percent=100,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return ingress.bind(*models)
+
+
+def _prompt_deployments(name: str, served: ServedPrompt, job: ServeJob) -> list[Application]:
+    encoder = serve.deployment(Encoder).options(name=_encoder_name(name), **_options(served.encoder))
+    keeper = DeploymentActorConfig(
+        name=_STORE,
+        actor_class=ray.remote(EmbeddingStore),
+        init_kwargs={"encoder": _encoder_name(name), "max_bytes": served.cache_mib * 2**20},
+        actor_options={"num_cpus": 0},
+    )
+    options = {**_options(served.decoder), "deployment_actors": [keeper]}
+    prompter = serve.deployment(Prompter).options(name=name, **options)
+    return [encoder.bind(served, job.s3), prompter.bind(name, served, job.s3, StoredEmbeddings())]
+
+
+def _encoder_name(name: str) -> str:
+    return f"{name}-encoder"
+
+
+def _options(replicas: Replicas) -> dict[str, Any]:
+    """How Serve is to run a deployment; old replicas answer until new ones are ready."""
+    least, most = replicas.bounds
+    actor: dict[str, Any] = {"num_cpus": replicas.cpus_per_replica}
+    if (gpus := _gpus(replicas)) > 0:
+        actor["num_gpus"] = gpus
+    return {
+        "ray_actor_options": actor,
+        "max_ongoing_requests": replicas.max_ongoing,
+        "max_queued_requests": replicas.max_queue,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 60,
+        "graceful_shutdown_timeout_s": 60,
+        "max_surge_percent": 100,
+        **({"num_replicas": least} if least == most else {"autoscaling_config": _autoscaling(replicas)}),
+    }
+
+
+def _autoscaling(replicas: Replicas) -> AutoscalingConfig:
+    least, most = replicas.bounds
+    return AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        target_ongoing_requests=max(1, replicas.max_ongoing // 2),
+        upscale_delay_s=seconds_of(replicas.upscale_delay),
+        downscale_delay_s=seconds_of(replicas.downscale_delay),
+    )
+
+
+def _gpus(replicas: Replicas) -> float:
+    """As the job says; else 1 where the cluster that this process has joined has GPUs."""
+    if replicas.gpus_per_replica is not None:
+        return replicas.gpus_per_replica
+    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+# --- the ingress --------------------------------------------------------------------------------------------------
+
+
+def _api_builder(job: ServeJob) -> Any:
+    """What makes the interface in the replica that takes requests in."""
+
+    def build() -> FastAPI:
+        log_to_stderr()
+        storage.use_s3(job.s3.endpoint, job.s3.region, job.s3.anonymous)
+        app_name = serve.get_replica_context().app_name
+        segmenting, prompting = {}, {}
+        for name, served in job.models.items():
+            handle = serve.get_deployment_handle(name, app_name)
+            if isinstance(served, ServedPrompt):
+                prompting[name] = RemotePrompter(name, served, handle)
+            else:
+                segmenting[name] = RemoteSegmenter(name, served, handle)
+        return build_api(segmenting, prompting, job.http)
+
+    return build
+
+
+class RemoteSegmenter:
+    """A Segmenter behind a handle."""
+
+    def __init__(self, name: str, served: ServedBundle, handle: DeploymentHandle) -> None:
+        self._name, self._served, self._handle = name, served, handle
+        self._card: tuple[float, dict[str, Any]] | None = None
+
+    async def card(self) -> dict[str, Any]:
+        """From the bundle itself: no replica is woken for it."""
+        if self._card is None or time.monotonic() - self._card[0] > _CARD_S:
+            self._card = time.monotonic(), await asyncio.to_thread(read_card, self._name, self._served)
+        return self._card[1]
+
+    async def segment(self, image: bytes, form: Form) -> Answer:
+        """See Segmenter."""
+        answer: Answer = await _ask(self._handle, "segment", image, form)
+        return answer
+
+
+class RemotePrompter:
+    """A Prompter behind a handle."""
+
+    def __init__(self, name: str, served: ServedPrompt, handle: DeploymentHandle) -> None:
+        self._name, self._served, self._handle = name, served, handle
+
+    async def card(self) -> dict[str, Any]:
+        """See Prompter."""
+        return to_card(self._name, self._served)
+
+    async def upload(self, key: str, image: bytes) -> Answer:
+        """See Prompter."""
+        answer: Answer = await _ask(self._handle, "upload", key, image)
+        return answer
+
+    async def prompt(self, key: str, image: bytes | None, prompt: Prompt) -> Answer:
+        """See Prompter."""
+        answer: Answer = await _ask(self._handle, "prompt", key, image, prompt)
+        return answer
+
+    async def everything(self, key: str, image: bytes | None) -> Answer:
+        """See Prompter."""
+        answer: Answer = await _ask(self._handle, "everything", key, image)
+        return answer
+
+
+async def _ask(handle: DeploymentHandle, method: str, *arguments: object) -> Any:
+    """Calls a replica; another one where that dies.
+
+    Raises:
+        Refusal: too many are waiting already, or no replica is left.
+        InputError: the user's mistake, as the replica tells it.
+    """
+    for i in range(_TRIES):
+        try:
+            return await getattr(handle, method).remote(*arguments)
+        except BackPressureError as error:
+            raise Refusal(503, "too many requests are waiting; ask again in a moment", 1) from error
+        except (ray.exceptions.RayActorError, DeploymentUnavailableError) as error:
+            if i == _TRIES - 1:
+                raise Refusal(503, "no replica could answer; ask again in a moment", 5) from error
+            await asyncio.sleep(_PAUSE_S * i)
+        except ray.exceptions.RayTaskError as error:
+            raise as_input_error(error) or error from None
+    raise AssertionError("the last try has returned or raised")
+
+
+# --- embeddings ---------------------------------------------------------------------------------------------------
+
+
+class EmbeddingStore:
+    """The actor that owns what an encoder has made: Ray's objects die with whoever put them.
+
+    Args:
+        encoder: name of the deployment.
+        max_bytes: of what is kept.
+    """
+
+    def __init__(self, encoder: str, max_bytes: int) -> None:
+        self._encoder, self._handle = encoder, None
+        self._cache: Cache[tuple[ray.ObjectRef, int]] = Cache(lambda entry: entry[1], max_bytes)
+
+    async def find(self, key: str) -> list[ray.ObjectRef]:
+        """A list of the embedding's reference; empty where it is not there, or no more."""
+        found = self._cache.find(key)
+        return [found[0]] if found else []
+
+    async def get(self, key: str, image: bytes) -> list[ray.ObjectRef]:
+        """The same, made where it is missing; once, however many ask for it.
+
+        Raises:
+            InputError: the image can't be decoded.
+        """
+        return [(await self._cache.get(key, lambda: self._make(image)))[0]]
+
+    async def num_made(self) -> int:
+        """How often the encoder was asked."""
+        return self._cache.num_made
+
+    async def _make(self, image: bytes) -> tuple[ray.ObjectRef, int]:
+        handle = serve.get_deployment_handle(self._encoder, serve.get_deployment_actor_context().app_name)
+        embedding: Embedding = await _ask(handle, "embed", image)
+        return ray.put(embedding), embedding.nbytes
+
+
+class StoredEmbeddings:
+    """The embeddings of that actor, as replicas see them."""
+
+    async def find(self, key: str) -> Embedding | None:
+        """By the key of an image."""
+        found = await self._call("find", key)
+        return await found[0] if found else None
+
+    async def get(self, key: str, image: bytes) -> Embedding:
+        """The same, made where it is missing."""
+        (reference,) = await self._call("get", key, image)
+        embedding: Embedding = await reference
+        return embedding
+
+    async def _call(self, method: str, *arguments: object) -> list[ray.ObjectRef]:
+        for i in range(_TRIES):
+            try:
+                store = serve.get_deployment_actor(_STORE)
+                found: list[ray.ObjectRef] = await getattr(store, method).remote(*arguments)
+                return found
+            except (ray.exceptions.RayActorError, ValueError) as error:  # it is being replaced
+                if isinstance(error, InputError) or as_input_error(error) is not None:
+                    raise
+                if i == _TRIES - 1:
+                    raise Refusal(
+                        503, "what the encoder has made can't be reached; ask again in a moment", 5
+                    ) from error
+                await asyncio.sleep(2 * i + 1)
+        raise AssertionError("the last try has returned or raised")
