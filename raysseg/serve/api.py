@@ -153,7 +153,7 @@ class _Api:
 
     def _is_allowed(self, request: Request) -> bool:
         given = request.headers.get("authorization", "")
-        return self._token is None or hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode())
+        return self._token is None or hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._token}".encode())
 
     # --- models ---
 
