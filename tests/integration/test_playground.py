@@ -270,6 +270,13 @@ def test_a_dropped_image_is_shown_under_its_classes(
     labels = predict_labels(folder, "scenes", images[0])
     assert listed(page) == areas_of(labels, classes.names)
     assert sum(listed(page).values()) == SIZE[0] * SIZE[1]
+    paste = """() => {
+      const clipboardData = new DataTransfer();
+      clipboardData.items.add(new File(["no image"], "words.txt", { type: "text/plain" }));
+      document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+    }"""
+    page.evaluate(paste)
+    says(page, "That holds no image")
     plain = inner(labels)
     slide(page, "#opacity", 100)
     assert np.array_equal(shown(page)[plain], classes.palette[labels][plain])
@@ -488,8 +495,8 @@ def test_the_keyboard_alone_suffices(visit: Visit, images: list[Path]) -> None:
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
     page.keyboard.press("Escape")
-    tab_to("#file")
     with page.expect_file_chooser() as chooser:
+        tab_to("#file")
         page.keyboard.press("Enter")
     chooser.value.set_files(images[0])
     settle(page)
@@ -609,6 +616,16 @@ def test_late_answers_are_dropped_and_forgotten_images_sent_again(visit: Visit, 
         route.fulfill(response=response)
     page.wait_for_timeout(200)
     assert area.inner_text() == f"{expected} px"
+
+    page.route("**/segment", lambda route: held.append((route, route.fetch())), times=1)
+    with page.expect_request("**/segment"):
+        page.select_option("#model-a", "scenes")
+    page.select_option("#model-a", "sam")
+    page.wait_for_timeout(300)
+    with suppress(playwright.Error):
+        held[-1][0].fulfill(response=held[-1][1])
+    page.wait_for_timeout(200)
+    assert not page.locator("#found").is_visible()
 
     problem = {"title": "Not Found", "status": 404, "detail": "it is not known"}
     page.route("**/prompt", lambda route: route.fulfill(status=404, json=problem), times=1)
