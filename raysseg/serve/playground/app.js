@@ -122,8 +122,8 @@ async function loadModels() {
   fillSelect($("model-b"), ["", ...segmenters], "", "none");
   fillSelect($("class-list"), segmenters);
   $("list-field").hidden = segmenters.length < 2;
-  say(cards.length ? "" : "The server has no models; add some to `models` of its job.", !cards.length);
   chooseModels();
+  if (!cards.length) say("The server has no models; add some to `models` of its job.", true);
 }
 
 function chooseModels() {
@@ -132,6 +132,7 @@ function chooseModels() {
   $("compare-field").hidden = isPrompting();
   $("mode-field").hidden = !isComparing();
   $("tools").hidden = !isPrompting();
+  say("");
   forgetPrompts();
   state.hidden.clear();
   state.answers = [null, null];
