@@ -450,6 +450,9 @@ def test_an_answer_is_corrected(visit: Visit, folder: Path, example: Path, image
     classes = read_class_map(str(example / "classes.json"))
     page = visit()
     open_images(page, images[0])
+    page.locator("#classes button").first.press("Enter")
+    assert page.locator("#classes button").first.evaluate("(button) => button === document.activeElement")
+    assert page.locator("#kept li").count() == 1
     page.click("#keep-all")
     number = len(listed(page))
     assert page.locator("#kept li").count() == number
@@ -461,6 +464,7 @@ def test_an_answer_is_corrected(visit: Visit, folder: Path, example: Path, image
     first = page.get_by_label("Class of mask 1")
     first.fill("meadow")
     first.press("Tab")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Correct mask 1, meadow"
     page.get_by_role("button", name=f"Correct mask 2, {names[2]}").click()
     settle(page)
     sent, answer = asked(page, lambda: click(page, 10, 10))
@@ -521,7 +525,11 @@ def test_the_keyboard_alone_suffices(visit: Visit, images: list[Path]) -> None:
     box = sent["box"]
     assert (box[2] - 1, box[3] - 1) == tuple(second)
     assert box[0] < box[2] - 4
-    page.keyboard.press("2")
+    page.keyboard.press("3")
+    assert page.locator("#candidates input").nth(2).is_checked()
+    page.locator("#candidates input").nth(2).focus()
+    page.keyboard.press("ArrowUp")
+    assert page.locator("#candidates input").nth(1).evaluate("(radio) => radio === document.activeElement")
     page.keyboard.press("k")
     assert page.evaluate("document.activeElement.id") == "name"  # which it asks for
     page.keyboard.type("kite")

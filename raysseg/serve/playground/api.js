@@ -3,7 +3,7 @@
 const TRIES = 5;
 const TOKEN = "raysseg-token";
 
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(status, detail) {
     super(detail);
     this.status = status;

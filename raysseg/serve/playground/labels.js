@@ -24,7 +24,9 @@ export function createLabels(state) {
       if (!newNames.includes(name) && !base.some((known) => known.name === name)) newNames.push(name);
     }
     const fresh = newNames
-      .map((name, place) => ({ colour: hueColour(place), isthing: true, ...knownAs(name), name, id: toNewId(base, place) }))
+      .map((name, place) => {
+        return { colour: hueColour(place), isthing: true, ...knownAs(name), name, id: toNewId(base, place) };
+      })
       .filter(({ name }) => used.has(name) && !base.some((known) => known.name === name));
     return [...base, ...fresh];
   }
