@@ -51,7 +51,7 @@ async function showImage(entry) {
   state.answers = [null, null];
   stage.show(entry);
   renderKeptMasks();
-  return askModels();
+  return state.cards.length ? askModels() : loadModels(); // which a token may have been missing for
 }
 
 const TYPED_INTO = "input:not([type=checkbox], [type=radio], [type=range]), select";
