@@ -334,8 +334,9 @@ def _read_net(weights: str, family: Family, parts: frozenset[Part]) -> PreTraine
     """A net without what its parts don't need, which is never read from the files either."""
     kind = getattr(transformers, family.net)
     dropped = [] if "encoder" in parts else ["vision_encoder"]
-    if "decoder" not in parts:  # two of its layers are all but the last of a pyramid's encoder
-        dropped += ["mask_decoder.transformer"] if family.features == _PYRAMID else ["mask_decoder"]
+    if "decoder" not in parts:  # of SAM 2's, two convolutions belong to the encoder
+        heavy = ["mask_decoder.transformer", "mask_decoder.output_hypernetworks_mlps"]
+        dropped += heavy if family.features == _PYRAMID else ["mask_decoder"]
     with naming(weights, "weights"):
         values = PreTrainedConfig.get_config_dict(source(weights))[0]
         values = values[family.section] if family.section else values
