@@ -69,7 +69,8 @@ def deploy(job: ServeJob) -> None:
     """
     connect()
     timeout_s = seconds_of(job.http.timeout)
-    serve.start(http_options=HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s))
+    options = HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s)
+    serve.start(http_options=options, logging_config=_QUIET)
     try:
         serve.run(to_application(job), name=job.name, route_prefix="/")
     except RuntimeError as error:
