@@ -55,8 +55,8 @@ export function createApi({ askToken, note }) {
   }
 
   const post = (path, body, signal) => send(path, { method: "POST", body, signal });
-  const postJson = (path, value, signal) =>
-    send(path, { method: "POST", body: JSON.stringify(value), headers: { "Content-Type": "application/json" }, signal });
+  const headers = { "Content-Type": "application/json" };
+  const postJson = (path, value, signal) => send(path, { method: "POST", body: JSON.stringify(value), headers, signal });
   const at = (model, verb) => `v1/models/${encodeURIComponent(model)}/${verb}`;
 
   return {

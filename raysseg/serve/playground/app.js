@@ -3,7 +3,7 @@
 import { createApi, latest } from "./api.js";
 import { download, toClassList, toCoco, toMaskPng, voidId } from "./export.js";
 import { createLabels } from "./labels.js";
-import { buildLayer, colourLayer, hueColour, segmentAt } from "./layers.js";
+import { colourLayer, hueColour, reuseLayer, segmentAt } from "./layers.js";
 import { make, renderCandidates, renderClasses, renderKept, toCount, toEntries } from "./lists.js";
 import { Stage } from "./stage.js";
 
@@ -14,6 +14,7 @@ const state = {
   cards: [],
   images: [], // {file, name, width, height, kept, uploads: {model: promise}, answers: {model: segments}}
   image: null, // the one that is shown, which has a bitmap
+  opening: null, // the one that was last asked for
   answers: [null, null], // segments of the models to compare; of a prompt model, everything
   prompts: [], // {x, y, label} or {box}
   masks: [], // candidates
@@ -21,7 +22,7 @@ const state = {
   correcting: null, // the kept mask that the next one replaces
   hidden: new Set(), // class names, and segments
   isLit: null, // which segments are pointed at
-  layers: {},
+  layers: [],
   isSaved: true,
 };
 const stage = new Stage($("stage"));
@@ -88,7 +89,9 @@ function toEntry(file) {
 
 async function showImage(entry) {
   say(`Opening ${entry.name} …`);
+  state.opening = entry;
   const bitmap = await createImageBitmap(entry.file).catch(() => null);
+  if (state.opening !== entry) return bitmap?.close();
   if (!bitmap) {
     state.images.splice(state.images.indexOf(entry), 1);
     fillSelect($("image"), state.images.map(({ name }) => name), state.image?.name);
@@ -119,8 +122,8 @@ async function loadModels() {
   fillSelect($("model-b"), ["", ...segmenters], "", "none");
   fillSelect($("class-list"), segmenters);
   $("list-field").hidden = segmenters.length < 2;
-  say(cards.length ? "" : "The server has no models; add some to `models` of its job.", !cards.length);
   chooseModels();
+  if (!cards.length) say("The server has no models; add some to `models` of its job.", true);
 }
 
 function chooseModels() {
@@ -129,6 +132,7 @@ function chooseModels() {
   $("compare-field").hidden = isPrompting();
   $("mode-field").hidden = !isComparing();
   $("tools").hidden = !isPrompting();
+  say("");
   forgetPrompts();
   state.hidden.clear();
   state.answers = [null, null];
@@ -137,8 +141,9 @@ function chooseModels() {
   return askModels();
 }
 
-/** Has both models look at the image. */
+/** Has both models look at the image; what is under way for another image or model is given up. */
 async function askModels() {
+  for (const run of runModels) run(null);
   refresh();
   const { image } = state;
   if (!image || !cardOf("a")) return;
@@ -171,9 +176,8 @@ async function timed(name, work) {
 
 function checkSize({ height, width }, image) {
   if (height === image.height && width === image.width) return;
-  throw new Error(
-    `The server sees ${image.name} as ${width} × ${height}, this browser as ${image.width} × ${image.height}; save it anew, turned upright.`,
-  );
+  const sizes = `${width} × ${height}, this browser as ${image.width} × ${image.height}`;
+  throw new Error(`The server sees ${image.name} as ${sizes}; save it anew, turned upright.`);
 }
 
 const toSegments = (segments, card) =>
@@ -234,7 +238,9 @@ function askPrompt() {
   const { image, prompts, correcting } = state;
   const model = cardOf("a").name;
   stage.draw({ prompts });
-  if (!prompts.length) return runPrompt(null) ?? showMasks([correcting]);
+  runPrompt(null);
+  if (!prompts.length) return showMasks([correcting]);
+  say(`${model} is looking …`);
   const points = prompts.filter(({ box }) => !box);
   const body = {
     points: points.map(({ x, y }) => [x, y]),
@@ -244,7 +250,8 @@ function askPrompt() {
     multimask: true,
   };
   const work = async (signal) => {
-    const answer = await onUploaded(image, model, signal, (hash) => api.prompt(model, { image: hash, ...body }, signal));
+    const call = (hash) => api.prompt(model, { image: hash, ...body }, signal);
+    const answer = await onUploaded(image, model, signal, call);
     checkSize(answer, image);
     signal.throwIfAborted();
     showMasks(answer.masks);
@@ -255,7 +262,8 @@ function askPrompt() {
 function showMasks(masks) {
   state.masks = masks.map((mask) => ({ ...mask, name: "", colour: CANDIDATE }));
   state.chosen = 0;
-  say(masks.length ? "" : "The model found nothing there.");
+  const [best] = masks;
+  say(best ? `${toCount(best.area)} px found.` : "The model found nothing there.");
   renderPrompts();
   refresh();
 }
@@ -278,8 +286,10 @@ function askEverything() {
     checkSize(answer, image);
     signal.throwIfAborted();
     const masks = answer.masks.sort((one, other) => other.area - one.area);
-    const toNameless = (mask, place) => ({ ...mask, name: `mask ${place + 1}`, colour: hueColour(place), isNameless: true });
-    state.answers[0] = masks.map(toNameless);
+    state.answers[0] = masks.map((mask, place) => {
+      return { ...mask, name: `mask ${place + 1}`, colour: hueColour(place), isNameless: true };
+    });
+    if (!masks.length) say("The model found nothing.");
     refresh();
   };
   return tell(runPrompt(work));
@@ -305,7 +315,8 @@ function typedName() {
 
 function keepMask() {
   const mask = state.masks[state.chosen];
-  const name = mask && typedName();
+  if (!mask?.area) return say("There is no mask to keep; point at something first.", true);
+  const name = typedName();
   if (!name) return;
   const { kept } = state.image;
   const place = state.correcting ? kept.indexOf(state.correcting) : kept.length;
@@ -387,16 +398,16 @@ function refresh() {
   buildLayers();
 }
 
+/** Layers of the answers; while prompting, of everything, what is kept, and the candidate. */
 function buildLayers() {
-  const { image, answers, correcting } = state;
-  const build = (segments) => buildLayer(segments, image.height, image.width);
-  const layers = answers.map((segments) => build(segments?.filter(isShown) ?? []));
+  const { image, answers, correcting, masks, chosen, layers } = state;
+  const lists = answers.map((segments) => segments?.filter(isShown) ?? []);
   if (isPrompting()) {
-    const kept = image.kept.filter((mask) => mask !== correcting);
-    layers[1] = build(kept.map((mask) => Object.assign(mask, { colour: labels.colourOf(mask.name) })));
-    layers.push(build(state.masks.slice(state.chosen, state.chosen + 1)));
+    for (const mask of image.kept) mask.colour = labels.colourOf(mask.name);
+    lists[1] = image.kept.filter((mask) => mask !== correcting);
+    lists.push(masks.slice(chosen, chosen + 1));
   }
-  state.layers = layers;
+  state.layers = lists.map((segments, place) => reuseLayer(layers[place], segments, image));
   colour();
 }
 
@@ -415,7 +426,7 @@ function colour() {
 }
 
 function toScene() {
-  const over = (layer, from = "start", to = "end") => ({ surface: layer.surface, from, to });
+  const over = ({ surface }, from = "start", to = "end") => ({ surface, from, to });
   const [a, b] = state.layers;
   if (isPrompting()) return { panes: [state.layers.map((layer) => over(layer))], isSplit: false };
   if (!isComparing()) return { panes: [[over(a)]], isSplit: false };
@@ -431,7 +442,8 @@ function renderFound(answers, hasScores) {
   $("keep-all").hidden = isComparing();
   $("found-title").textContent = isPrompting() ? "Everything" : "Classes";
   const names = ["a", "b"].map((letter) => cardOf(letter)?.name);
-  $("found-note").textContent = isComparing() ? `A is ${names[0]}, B is ${names[1]}.` : `${answers[0].length} segments, ${width} × ${height} px`;
+  const number = `${answers[0].length} segment${answers[0].length === 1 ? "" : "s"}, ${width} × ${height} px`;
+  $("found-note").textContent = isComparing() ? `A is ${names[0]}, B is ${names[1]}.` : number;
   renderClasses($("classes"), entries, width * height, {
     light,
     keep: keepSegments,
@@ -448,6 +460,7 @@ function point(at) {
   const names = found.map((segment) => segment && (segment.name || "candidate"));
   const [a, b] = names.map((name) => name ?? "nothing");
   const words = isComparing() ? `A ${a}, B ${b}` : (names.findLast(Boolean) ?? "nothing");
+  $("readout").ariaLive = stage.cursor ? "polite" : "off"; // a mouse would have it read all the time
   $("readout").textContent = at ? `x ${at.x}, y ${at.y}: ${words}` : "";
   state.pointed = found.findLast(Boolean) ?? null;
   if (isPrompting()) return;
@@ -463,18 +476,20 @@ function fillSelect(select, values, chosen = values[0], blank = "") {
   select.value = chosen ?? "";
 }
 
+const TYPED_INTO = "input:not([type=checkbox], [type=radio], [type=range]), select";
 const on = (id, event, act) => $(id).addEventListener(event, act);
 
 function typed(event) {
-  if (event.target.matches("input:not([type=checkbox], [type=radio], [type=range]), select") || document.querySelector("dialog[open]")) return;
+  if (event.target.matches(TYPED_INTO) || document.querySelector("dialog[open]")) return;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "?") $("help").showModal();
-  else if (event.key === "k" && isPrompting()) keepMask();
-  else if (event.key === "k" && state.pointed) keepSegments([state.pointed]);
+  const key = event.key.toLowerCase();
+  if (key === "?") $("help").showModal();
+  else if (key === "k" && state.masks.length) keepMask();
+  else if (key === "k" && state.pointed) keepSegments([state.pointed]);
   else if (!isPrompting()) return;
-  else if (event.key === "u") undoPrompt();
-  else if (event.key === "Escape") clearPrompts();
-  else if ("123456789".includes(event.key)) choose(Number(event.key) - 1);
+  else if (key === "u") undoPrompt();
+  else if (key === "escape") clearPrompts();
+  else if ("123456789".includes(key)) choose(Number(key) - 1);
   else return;
   event.preventDefault();
 }

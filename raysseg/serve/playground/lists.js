@@ -66,7 +66,8 @@ function makeParts({ name, groups }, numPixels, actions, isOpen) {
   const rows = groups[0].map((segment, place) => {
     const title = `${name} ${place + 1}`;
     const row = make("li", { className: "row" }, makeToggle(title, segment, actions));
-    row.append(make("span", { className: "numbers" }, makeNumbers([segment], numPixels, "")), makeKeep(title, [segment], actions));
+    row.append(make("span", { className: "numbers" }, makeNumbers([segment], numPixels, "")));
+    row.append(makeKeep(title, [segment], actions));
     highlightOn(row, (other) => other === segment, actions);
     return row;
   });
@@ -107,7 +108,8 @@ function highlightOn(row, test, { light }) {
 export function renderKept(list, masks, { rename, correct, remove, light, canCorrect, colourOf }) {
   const rows = masks.map((mask, place) => {
     const swatch = makeSwatch(colourOf(mask.name));
-    const name = make("input", { type: "text", value: mask.name, maxLength: 80, ariaLabel: `Class of mask ${place + 1}` });
+    const name = make("input", { type: "text", value: mask.name, maxLength: 80 });
+    name.ariaLabel = `Class of mask ${place + 1}`;
     name.setAttribute("list", "names");
     name.addEventListener("change", () => rename(mask, name.value));
     const area = make("small", {}, `${toCount(mask.area)} px`);
@@ -120,7 +122,8 @@ export function renderKept(list, masks, { rename, correct, remove, light, canCor
       remove(mask);
       (list.querySelectorAll(".delete")[Math.min(place, masks.length - 2)] ?? list).focus();
     });
-    const row = make("li", { className: "row", dataset: { name: mask.name, area: mask.area } }, swatch, name, area, edit, bin);
+    const dataset = { name: mask.name, area: mask.area };
+    const row = make("li", { className: "row", dataset }, swatch, name, area, edit, bin);
     highlightOn(row, (segment) => segment === mask, { light });
     return row;
   });
