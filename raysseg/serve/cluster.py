@@ -35,7 +35,7 @@ from raysseg.serve.api import build_api
 from raysseg.serve.cache import Cache
 from raysseg.serve.prompt import Encoder, Prompter, to_card
 from raysseg.serve.refusal import Refusal
-from raysseg.serve.segment import Segmenter, read_card
+from raysseg.serve.segment import Segmenter, find_bundle, read_card
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +54,28 @@ def serve_on_ray(job: ServeJob) -> None:
         InputError: it can't be deployed; the message is the replicas'.
     """
     is_joined = "RAY_ADDRESS" in os.environ
-    connect()
-    timeout_s = seconds_of(job.http.timeout)
-    serve.start(http_options=HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s))
-    try:
-        serve.run(to_application(job), name=job.name, route_prefix="/")
-    except RuntimeError as error:
-        messages = [entry.message for entry in serve.status().applications.values() if entry.message]
-        serve.delete(job.name)
-        raise InputError(f"{job.name} can't be deployed: {' '.join(messages) or error}") from error
+    deploy(job)
     logger.info("serve: %s at http://%s:%d/", ", ".join(job.models), job.http.host, job.http.port)
     if not is_joined:
         _wait_for_signal()
         serve.shutdown()
+
+
+def deploy(job: ServeJob) -> None:
+    """Brings the cluster to what a job says, and waits until it answers; what answered before does so meanwhile.
+
+    Raises:
+        InputError: it can't be deployed; the message is the replicas'.
+    """
+    connect()
+    timeout_s = seconds_of(job.http.timeout)
+    options = HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s)
+    serve.start(http_options=options, logging_config=_QUIET)
+    try:
+        serve.run(to_application(job), name=job.name, route_prefix="/")
+    except RuntimeError as error:
+        messages = [entry.message for entry in serve.status().applications.values() if entry.message]
+        raise InputError(f"{job.name} can't be deployed: {' '.join(messages) or error}") from error
 
 
 def _wait_for_signal() -> None:
@@ -79,12 +88,17 @@ def _wait_for_signal() -> None:
 
 
 def to_application(job: ServeJob) -> Application:
-    """The deployments of a job: one a model, two for a prompted one, and the one that takes requests in."""
+    """The deployments of a job: one a model, two for a prompted one, and the one that takes requests in.
+
+    Raises:
+        StorageError: a bundle is not there.
+    """
     models = []
     for name, served in job.models.items():
         if isinstance(served, ServedPrompt):
             models += _prompt_deployments(name, served, job)
         else:
+            find_bundle(served.bundle)  # replicas would take long to say that it is not there
             options = {**_options(served), "user_config": {"bundle": served.bundle}}
             models.append(serve.deployment(SegmenterReplica).options(name=name, **options).bind(name, served, job.s3))
     ingress = serve.deployment(serve.ingress(_api_builder(job))()).options(
