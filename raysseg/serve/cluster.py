@@ -43,6 +43,7 @@ _TRIES = 3  # of a request whose replica dies
 _PAUSE_S = 0.5  # between two of them
 _CARD_S = 10.0  # for which a card is taken for true
 _STORE = "embeddings"
+_INGRESS = "_ingress"  # models' names begin otherwise
 _INGRESS_ONGOING = 512  # requests that one process takes in at a time
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # requests are counted instead, see /metrics
 
@@ -100,9 +101,13 @@ def to_application(job: ServeJob) -> Application:
         else:
             find_bundle(served.bundle)  # replicas would take long to say that it is not there
             options = {**_options(served), "user_config": {"bundle": served.bundle}}
-            models.append(serve.deployment(SegmenterReplica).options(name=name, **options).bind(name, served, job.s3))
+            models.append(
+                serve.deployment(SegmenterReplica)
+                .options(name=name, **options)
+                .bind(name, served, job.s3, _device(served))
+            )
     ingress = serve.deployment(serve.ingress(_api_builder(job))()).options(
-        name="ingress",
+        name=_INGRESS,
         num_replicas=job.http.replicas,
         max_ongoing_requests=_INGRESS_ONGOING,
         max_queued_requests=_INGRESS_ONGOING,
@@ -124,11 +129,14 @@ def _prompt_deployments(name: str, served: ServedPrompt, job: ServeJob) -> list[
     )
     options = {**_options(served.decoder), "deployment_actors": [keeper]}
     prompter = serve.deployment(PrompterReplica).options(name=name, **options)
-    return [encoder.bind(served, job.s3), prompter.bind(name, served, job.s3, StoredEmbeddings())]
+    return [
+        encoder.bind(served, job.s3, _device(served.encoder)),
+        prompter.bind(name, served, job.s3, StoredEmbeddings(), _device(served.decoder)),
+    ]
 
 
 def _encoder_name(name: str) -> str:
-    return f"{name}-encoder"
+    return f"_{name}-encoder"
 
 
 def _options(replicas: Replicas) -> dict[str, Any]:
@@ -166,6 +174,11 @@ def _gpus(replicas: Replicas) -> float:
     if replicas.gpus_per_replica is not None:
         return replicas.gpus_per_replica
     return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _device(replicas: Replicas) -> str | None:
+    """A replica without a GPU of its own leaves those alone that it may see."""
+    return None if _gpus(replicas) > 0 else "cpu"
 
 
 # --- replicas -----------------------------------------------------------------------------------------------------

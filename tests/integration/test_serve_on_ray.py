@@ -128,7 +128,7 @@ def test_a_dead_replica_loses_no_session(url: str, photos: list[bytes]) -> None:
     first = httpx.post(f"{url}/sam/prompt", json=ask, timeout=60)
     assert first.status_code == 200
     made = num_made()
-    for beginning in ("SERVE_REPLICA::street#sam#", "SERVE_REPLICA::street#sam-encoder#"):
+    for beginning in ("SERVE_REPLICA::street#sam#", "SERVE_REPLICA::street#_sam-encoder#"):
         kill(beginning)
         for _ in range(5):
             again = httpx.post(f"{url}/sam/prompt", json=ask, timeout=60)
