@@ -1,7 +1,8 @@
 """Train, tune, evaluate and serve image-segmentation models on a Ray cluster.
 
 Jobs run by the functions of their stages: raysseg.train.train, raysseg.evaluate.evaluate, raysseg.predict.predict,
-raysseg.shard.shard. The names below load what they need when they are first used: importing raysseg costs nothing.
+raysseg.shard.shard; raysseg.serve.build_app is what serves. The names below load what they need when they are first
+used: importing raysseg costs nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raysseg.config import load as load_job
     from raysseg.data.example import draw_example
+    from raysseg.models.sam import PromptModel
     from raysseg.predictor import Predictor
-    from raysseg.schema import ClassMap, InputError, Sample
+    from raysseg.schema import ClassMap, InputError, Prompt, Sample
 
 __all__ = [
     "ClassMap",
     "InputError",
     "Predictor",
+    "Prompt",
+    "PromptModel",
     "Sample",
     "draw_example",
     "load_job",
@@ -27,8 +31,10 @@ __all__ = [
 _HOMES = {
     "ClassMap": "schema",
     "InputError": "schema",
+    "Prompt": "schema",
     "Sample": "schema",
     "Predictor": "predictor",
+    "PromptModel": "models.sam",
     "draw_example": "data.example",
     "load_job": "config",
 }

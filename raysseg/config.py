@@ -943,11 +943,16 @@ class ServedPrompt(Section):
     """A hub id, a local folder or an s3:// URI; default: the authors' at the hub."""
     encoder: Replicas = Replicas()
     """Looks at each image once."""
-    decoder: Replicas = Replicas(gpus_per_replica=0)
-    """Answers each prompt."""
+    decoder: Replicas = Replicas()
+    """Answers each prompt; without a GPU, if not told otherwise."""
     cache_mib: Annotated[int, Field(ge=16)] = 2048
-    """For images and what the encoder has made of them; the least recently used go first."""
+    """For what the encoder has made of images; the least recently used goes first."""
     precision: Precision = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decode_on_cpus(cls, value: Any) -> Any:
+        return _merged({"decoder": {"gpus_per_replica": 0}}, value) if isinstance(value, Mapping) else value
 
 
 def _is_prompt(value: Any) -> str:

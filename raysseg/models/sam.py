@@ -120,6 +120,14 @@ class Automatic:
                 raise InputError(f"automatic.{name}: {getattr(self, name)}; allowed: 0 to 1")
 
 
+class _Found(NamedTuple):
+    """Masks that `everything` may keep: boxes (N, 4), as RLE, and scores (N,)."""
+
+    boxes: npt.NDArray[np.float64]
+    rles: list[bytes]
+    scores: npt.NDArray[np.floating]
+
+
 class PromptModel:
     """A prompted model, or one half of it; inference only.
 
@@ -199,37 +207,26 @@ class PromptModel:
         return [out[i] for i in range(len(prompts))]
 
     def everything(self, embedding: Embedding, automatic: Automatic | None = None) -> MaskSet:
-        """The masks of all that a grid of points finds, that of the best score first.
+        """The masks of all that a grid of points finds, that of the best score first; none of them is empty.
 
-        As SamAutomaticMaskGenerator, without crops of the image.
+        As SamAutomaticMaskGenerator of SAM's authors, without crops of the image.
         """
         automatic = automatic or Automatic()
-        features = self._to_features(embedding)
         height, width = embedding.size
+        features = self._to_features(embedding)
         axis = (np.arange(automatic.points_per_side) + 0.5) / automatic.points_per_side
         prompts = [Prompt(points=((x * width, y * height),), labels=(1,)) for y in axis for x in axis]
-        boxes, rles, scores = [np.zeros((0, 4))], list[bytes](), [np.zeros(0)]
+        found = [_Found(np.zeros((0, 4)), [], np.zeros(0))]
         for start in range(0, len(prompts), automatic.batch):
-            found = self._decode(features, prompts[start : start + automatic.batch], embedding.size)
-            logits, predicted = (values.flatten(0, 1) for values in found)
-            likely = predicted > automatic.pred_iou if automatic.pred_iou else torch.ones_like(predicted).bool()
-            pieces = self._iter_full(logits[likely], embedding.size)
-            for full, certain in zip(pieces, self._split(predicted[likely], embedding.size), strict=True):
-                is_stable = _stability(full, automatic.stability_offset) >= automatic.stability
-                masks = (full[is_stable] > 0).cpu().numpy()
-                if automatic.min_region:
-                    masks = np.array([_without_specks(mask, automatic.min_region) for mask in masks], np.bool_)
-                masks = masks.reshape(-1, height, width)
-                is_there = masks.any((1, 2))
-                boxes.append(_boxes(masks[is_there]))
-                rles += rle.from_masks(masks[is_there])
-                scores.append(certain[is_stable].cpu().numpy()[is_there])
-        score = np.concatenate(scores)
+            logits, scores = self._decode(features, prompts[start : start + automatic.batch], embedding.size)
+            found += self._iter_certain(logits.flatten(0, 1), scores.flatten(0, 1), embedding.size, automatic)
+        boxes, parts, known = zip(*found, strict=True)
+        rles, score = [encoded for part in parts for encoded in part], np.concatenate(known)
         kept = nms(torch.from_numpy(np.concatenate(boxes)), torch.from_numpy(score), automatic.nms).tolist()
         return _to_mask_set(embedding.size, [rles[i] for i in kept], score[kept])
 
-    def _autocast(self, is_enabled: bool = True) -> torch.autocast:
-        return torch.autocast(self._device.type, self._dtype, enabled=is_enabled and self._dtype != torch.float32)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
 
     def _input_size(self, size: tuple[int, int], side: int) -> tuple[int, int]:
         """What an image of this (height, width) takes of a square of so many pixels."""
@@ -256,50 +253,51 @@ class PromptModel:
         return {name: torch.tensor(a, device=self._device)[None].float() for name, a in embedding.features.items()}
 
     def _decode(
-        self, features: dict[str, Tensor], prompts: Sequence[Prompt], size: tuple[int, int]
+        self, features: Mapping[str, Tensor], prompts: Sequence[Prompt], size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Logits (P, M, h, w) and scores (P, M) of prompts that have the same number of points, box, and so on."""
-        first = prompts[0]
+        """Logits (P, M, h, w) and scores (P, M) of prompts of one kind: all with a box or none, and so on."""
         # prompts share the image as a row, (1, P, ...); with masks each has a row of its own, (P, 1, ...)
-        rows = len(prompts) if first.mask is not None else 1
-        resized = self._input_size(size, self._side)
-        scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]], dtype=torch.float64)
-
-        def place(values: Sequence[Any], *shape: int) -> Tensor:
-            """Coordinates in the encoder's square."""
-            corners = torch.tensor(values, dtype=torch.float64).view(-1, 2) * scale
-            return corners.float().view(rows, len(prompts) // rows, *shape).to(self._device)
-
-        points = labels = boxes = masks = None
-        if first.points:
-            points = place([prompt.points for prompt in prompts], -1, 2)
-            labels = torch.tensor([prompt.labels for prompt in prompts], device=self._device).view(points.shape[:-1])
-        if first.box is not None:
-            boxes = place([prompt.box for prompt in prompts], 4)
-        if first.mask is not None:
-            masks = torch.stack([self._to_mask_input(prompt.mask or b"", size) for prompt in prompts])
-        if points is None and boxes is None and "double" in features:  # as SAM 2's authors: a point that is none
-            points = torch.zeros(rows, 1, 1, 2, device=self._device)
-            labels = torch.full((rows, 1, 1), -1, device=self._device)
+        rows = len(prompts) if prompts[0].mask is not None else 1
+        own = {name: values.expand(rows, -1, -1, -1) for name, values in features.items()}
+        more: dict[str, Any] = {}
+        if "early" in own:
+            more = {"hq_token_only": False, "intermediate_embeddings": [own["early"].permute(0, 2, 3, 1)]}
+        elif "double" in own:
+            more = {"high_resolution_features": [own["quadruple"], own["double"]]}
         with torch.inference_mode():
-            with self._autocast(False):
-                sparse, dense = self._net.prompt_encoder(points, labels, boxes, masks)
-            own = {name: values.expand(rows, -1, -1, -1) for name, values in features.items()}
-            more: dict[str, Any] = {}
-            if "early" in own:
-                more = {"hq_token_only": False, "intermediate_embeddings": [own["early"].permute(0, 2, 3, 1)]}
-            elif "double" in own:
-                more = {"high_resolution_features": [own["quadruple"], own["double"]]}
+            sparse, dense = self._net.prompt_encoder(*self._to_prompts(prompts, size, rows))
             with self._autocast():
                 logits, scores, *_ = self._net.mask_decoder(
                     image_embeddings=own["image"],
                     image_positional_embeddings=self._positions.expand(rows, -1, -1, -1),
                     sparse_prompt_embeddings=sparse,
                     dense_prompt_embeddings=dense,
-                    multimask_output=first.is_multimask,
+                    multimask_output=prompts[0].is_multimask,
                     **more,
                 )
         return logits.flatten(0, 1).float(), scores.flatten(0, 1).float()
+
+    def _to_prompts(
+        self, prompts: Sequence[Prompt], size: tuple[int, int], rows: int
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Points, labels, boxes and masks of prompts of one kind, as their encoder takes them."""
+        columns = len(prompts) // rows
+        height, width = self._input_size(size, self._side)
+        scale = torch.tensor([width / size[1], height / size[0]], dtype=torch.float64)
+        points = labels = boxes = masks = None
+        if prompts[0].points:
+            pixels = torch.tensor([prompt.points for prompt in prompts], dtype=torch.float64)
+            points = (pixels * scale).float().view(rows, columns, -1, 2).to(self._device)
+            labels = torch.tensor([prompt.labels for prompt in prompts], device=self._device).view(points.shape[:-1])
+        elif prompts[0].box is None and self._family.features == _PYRAMID:  # as SAM 2's authors: a point that is none
+            points = torch.zeros(rows, columns, 1, 2, device=self._device)
+            labels = torch.full((rows, columns, 1), -1, device=self._device)
+        if prompts[0].box is not None:
+            pixels = torch.tensor([prompt.box for prompt in prompts], dtype=torch.float64).view(-1, 2)
+            boxes = (pixels * scale).float().view(rows, columns, 4).to(self._device)
+        if prompts[0].mask is not None:
+            masks = torch.stack([self._to_mask_input(prompt.mask or b"", size) for prompt in prompts])
+        return points, labels, boxes, masks
 
     def _to_mask_input(self, encoded: bytes, size: tuple[int, int]) -> Tensor:
         """A mask as low-resolution logits, (1, h, w): from -10 to 10, as SAM 2 feeds masks to its own decoder."""
@@ -313,6 +311,22 @@ class PromptModel:
         logits = np.full((1, side, side), -10, np.float32)
         logits[0, :height, :width] = 20 * share - 10
         return torch.from_numpy(logits).to(self._device)
+
+    def _iter_certain(
+        self, logits: Tensor, scores: Tensor, size: tuple[int, int], automatic: Automatic
+    ) -> Iterator[_Found]:
+        """Of logits (N, h, w) and scores (N,) what is likely, steady and not empty, a few at a time."""
+        if automatic.pred_iou:
+            is_likely = scores > automatic.pred_iou
+            logits, scores = logits[is_likely], scores[is_likely]
+        for full, score in zip(self._iter_full(logits, size), self._split(scores, size), strict=True):
+            is_steady = _stability(full, automatic.stability_offset) >= automatic.stability
+            masks = (full[is_steady] > 0).cpu().numpy()
+            if automatic.min_region and len(masks):
+                masks = np.stack([_without_specks(mask, automatic.min_region) for mask in masks])
+            is_there = masks.any((1, 2))
+            masks = masks[is_there]
+            yield _Found(_boxes(masks), rle.from_masks(masks), score[is_steady].cpu().numpy()[is_there])
 
     def _iter_full(self, logits: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
         """Logits (N, h, w) at the image's (height, width), a few at a time: (n, H, W)."""
@@ -334,8 +348,9 @@ def _read_net(weights: str, family: Family, parts: frozenset[Part]) -> PreTraine
     """A net without what its parts don't need, which is never read from the files either."""
     kind = getattr(transformers, family.net)
     dropped = [] if "encoder" in parts else ["vision_encoder"]
-    if "decoder" not in parts:  # two of its layers are all but the last of a pyramid's encoder
-        dropped += ["mask_decoder.transformer"] if family.features == _PYRAMID else ["mask_decoder"]
+    if "decoder" not in parts:  # of SAM 2's, two convolutions belong to the encoder
+        heavy = ["mask_decoder.transformer", "mask_decoder.output_hypernetworks_mlps"]
+        dropped += heavy if family.features == _PYRAMID else ["mask_decoder"]
     with naming(weights, "weights"):
         values = PreTrainedConfig.get_config_dict(source(weights))[0]
         values = values[family.section] if family.section else values

@@ -33,6 +33,7 @@ PLAYGROUND = Path(__file__).parent / "playground"
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -153,7 +154,7 @@ class _Api:
 
     def _is_allowed(self, request: Request) -> bool:
         given = request.headers.get("authorization", "")
-        return self._token is None or hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode())
+        return self._token is None or hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._token}".encode())
 
     # --- models ---
 

@@ -21,12 +21,13 @@ from ray.serve import Application as Application  # what this module builds
 from ray.serve.config import AutoscalingConfig, DeploymentActorConfig, HTTPOptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from raysseg import storage
 from raysseg.config import ServedBundle, ServedPrompt, ServeJob
 from raysseg.hosting import Replicas
 from raysseg.models.sam import Embedding
-from raysseg.runtime import as_input_error, connect, log_to_stderr
+from raysseg.runtime import connect, log_to_stderr
 from raysseg.schema import InputError, Prompt
 from raysseg.section import seconds_of
 from raysseg.serve.answers import Answer, Form
@@ -34,7 +35,7 @@ from raysseg.serve.api import build_api
 from raysseg.serve.cache import Cache
 from raysseg.serve.prompt import Encoder, Prompter, to_card
 from raysseg.serve.refusal import Refusal
-from raysseg.serve.segment import Segmenter, read_card
+from raysseg.serve.segment import Segmenter, find_bundle, read_card
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ _TRIES = 3  # of a request whose replica dies
 _PAUSE_S = 0.5  # between two of them
 _CARD_S = 10.0  # for which a card is taken for true
 _STORE = "embeddings"
+_INGRESS = "_ingress"  # models' names begin otherwise
 _INGRESS_ONGOING = 512  # requests that one process takes in at a time
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # requests are counted instead, see /metrics
 
 
 def serve_on_ray(job: ServeJob) -> None:
@@ -52,19 +55,28 @@ def serve_on_ray(job: ServeJob) -> None:
         InputError: it can't be deployed; the message is the replicas'.
     """
     is_joined = "RAY_ADDRESS" in os.environ
-    connect()
-    timeout_s = seconds_of(job.http.timeout)
-    serve.start(http_options=HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s))
-    try:
-        serve.run(to_application(job), name=job.name, route_prefix="/")
-    except RuntimeError as error:
-        messages = [entry.message for entry in serve.status().applications.values() if entry.message]
-        serve.delete(job.name)
-        raise InputError(f"{job.name} can't be deployed: {' '.join(messages) or error}") from error
+    deploy(job)
     logger.info("serve: %s at http://%s:%d/", ", ".join(job.models), job.http.host, job.http.port)
     if not is_joined:
         _wait_for_signal()
         serve.shutdown()
+
+
+def deploy(job: ServeJob) -> None:
+    """Brings the cluster to what a job says, and waits until it answers; what answered before does so meanwhile.
+
+    Raises:
+        InputError: it can't be deployed; the message is the replicas'.
+    """
+    connect()
+    timeout_s = seconds_of(job.http.timeout)
+    options = HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s)
+    serve.start(http_options=options, logging_config=_QUIET)
+    try:
+        serve.run(to_application(job), name=job.name, route_prefix="/")
+    except RuntimeError as error:
+        messages = [entry.message for entry in serve.status().applications.values() if entry.message]
+        raise InputError(f"{job.name} can't be deployed: {' '.join(messages) or error}") from error
 
 
 def _wait_for_signal() -> None:
@@ -77,28 +89,38 @@ def _wait_for_signal() -> None:
 
 
 def to_application(job: ServeJob) -> Application:
-    """The deployments of a job: one a model, two for a prompted one, and the one that takes requests in."""
+    """The deployments of a job: one a model, two for a prompted one, and the one that takes requests in.
+
+    Raises:
+        StorageError: a bundle is not there.
+    """
     models = []
     for name, served in job.models.items():
         if isinstance(served, ServedPrompt):
             models += _prompt_deployments(name, served, job)
         else:
+            find_bundle(served.bundle)  # replicas would take long to say that it is not there
             options = {**_options(served), "user_config": {"bundle": served.bundle}}
-            models.append(serve.deployment(Segmenter).options(name=name, **options).bind(name, served, job.s3))
+            models.append(
+                serve.deployment(SegmenterReplica)
+                .options(name=name, **options)
+                .bind(name, served, job.s3, _device(served))
+            )
     ingress = serve.deployment(serve.ingress(_api_builder(job))()).options(
-        name="ingress",
+        name=_INGRESS,
         num_replicas=job.http.replicas,
         max_ongoing_requests=_INGRESS_ONGOING,
         max_queued_requests=_INGRESS_ONGOING,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
         max_surge_percent=100,
+        logging_config=_QUIET,
         ray_actor_options={"num_cpus": 0.1},
     )
     return ingress.bind(*models)
 
 
 def _prompt_deployments(name: str, served: ServedPrompt, job: ServeJob) -> list[Application]:
-    encoder = serve.deployment(Encoder).options(name=_encoder_name(name), **_options(served.encoder))
+    encoder = serve.deployment(EncoderReplica).options(name=_encoder_name(name), **_options(served.encoder))
     keeper = DeploymentActorConfig(
         name=_STORE,
         actor_class=ray.remote(EmbeddingStore),
@@ -106,12 +128,15 @@ def _prompt_deployments(name: str, served: ServedPrompt, job: ServeJob) -> list[
         actor_options={"num_cpus": 0},
     )
     options = {**_options(served.decoder), "deployment_actors": [keeper]}
-    prompter = serve.deployment(Prompter).options(name=name, **options)
-    return [encoder.bind(served, job.s3), prompter.bind(name, served, job.s3, StoredEmbeddings())]
+    prompter = serve.deployment(PrompterReplica).options(name=name, **options)
+    return [
+        encoder.bind(served, job.s3, _device(served.encoder)),
+        prompter.bind(name, served, job.s3, StoredEmbeddings(), _device(served.decoder)),
+    ]
 
 
 def _encoder_name(name: str) -> str:
-    return f"{name}-encoder"
+    return f"_{name}-encoder"
 
 
 def _options(replicas: Replicas) -> dict[str, Any]:
@@ -128,6 +153,7 @@ def _options(replicas: Replicas) -> dict[str, Any]:
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": 60,
         "max_surge_percent": 100,
+        "logging_config": _QUIET,
         **({"num_replicas": least} if least == most else {"autoscaling_config": _autoscaling(replicas)}),
     }
 
@@ -148,6 +174,59 @@ def _gpus(replicas: Replicas) -> float:
     if replicas.gpus_per_replica is not None:
         return replicas.gpus_per_replica
     return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _device(replicas: Replicas) -> str | None:
+    """A replica without a GPU of its own leaves those alone that it may see."""
+    return None if _gpus(replicas) > 0 else "cpu"
+
+
+# --- replicas -----------------------------------------------------------------------------------------------------
+
+
+class _Replica:
+    """Hands over a user's mistake as a value: an error that is raised here would fill the log as a bug does."""
+
+    async def call(self, method: str, *arguments: object) -> object:
+        """What a method returns, or the InputError that it raises."""
+        try:
+            return await getattr(self, method)(*arguments)
+        except InputError as error:
+            return error
+
+
+class SegmenterReplica(_Replica, Segmenter):
+    """A replica of a model that segments."""
+
+
+class EncoderReplica(_Replica, Encoder):
+    """A replica of what looks at images."""
+
+
+class PrompterReplica(_Replica, Prompter):
+    """A replica of what answers prompts."""
+
+
+async def _ask(handle: DeploymentHandle, method: str, *arguments: object) -> Any:
+    """Calls a method of a replica; another one's where that dies.
+
+    Raises:
+        Refusal: too many are waiting already, or no replica is left.
+        InputError: the user's mistake, as the replica tells it.
+    """
+    for i in range(_TRIES):
+        try:
+            result = await handle.call.remote(method, *arguments)
+        except BackPressureError as error:
+            raise Refusal(503, "too many requests are waiting; ask again in a moment", 1) from error
+        except (ray.exceptions.RayActorError, DeploymentUnavailableError):
+            logger.warning("a replica of %s died under a request", handle.deployment_name)
+            await asyncio.sleep(_PAUSE_S * i)
+        else:
+            if isinstance(result, InputError):
+                raise result
+            return result
+    raise Refusal(503, "no replica could answer; ask again in a moment", 5)
 
 
 # --- the ingress --------------------------------------------------------------------------------------------------
@@ -217,31 +296,10 @@ class RemotePrompter:
         return answer
 
 
-async def _ask(handle: DeploymentHandle, method: str, *arguments: object) -> Any:
-    """Calls a replica; another one where that dies.
-
-    Raises:
-        Refusal: too many are waiting already, or no replica is left.
-        InputError: the user's mistake, as the replica tells it.
-    """
-    for i in range(_TRIES):
-        try:
-            return await getattr(handle, method).remote(*arguments)
-        except BackPressureError as error:
-            raise Refusal(503, "too many requests are waiting; ask again in a moment", 1) from error
-        except (ray.exceptions.RayActorError, DeploymentUnavailableError) as error:
-            if i == _TRIES - 1:
-                raise Refusal(503, "no replica could answer; ask again in a moment", 5) from error
-            await asyncio.sleep(_PAUSE_S * i)
-        except ray.exceptions.RayTaskError as error:
-            raise as_input_error(error) or error from None
-    raise AssertionError("the last try has returned or raised")
-
-
 # --- embeddings ---------------------------------------------------------------------------------------------------
 
 
-class EmbeddingStore:
+class EmbeddingStore(_Replica):
     """The actor that owns what an encoder has made: Ray's objects die with whoever put them.
 
     Args:
@@ -250,7 +308,7 @@ class EmbeddingStore:
     """
 
     def __init__(self, encoder: str, max_bytes: int) -> None:
-        self._encoder, self._handle = encoder, None
+        self._encoder = encoder
         self._cache: Cache[tuple[ray.ObjectRef, int]] = Cache(lambda entry: entry[1], max_bytes)
 
     async def find(self, key: str) -> list[ray.ObjectRef]:
@@ -267,7 +325,7 @@ class EmbeddingStore:
         return [(await self._cache.get(key, lambda: self._make(image)))[0]]
 
     async def num_made(self) -> int:
-        """How often the encoder was asked."""
+        """How many embeddings the encoder has made."""
         return self._cache.num_made
 
     async def _make(self, image: bytes) -> tuple[ray.ObjectRef, int]:
@@ -281,8 +339,10 @@ class StoredEmbeddings:
 
     async def find(self, key: str) -> Embedding | None:
         """By the key of an image."""
-        found = await self._call("find", key)
-        return await found[0] if found else None
+        try:
+            return await found[0] if (found := await self._call("find", key)) else None
+        except ray.exceptions.ObjectLostError:  # its owner has died since
+            return None
 
     async def get(self, key: str, image: bytes) -> Embedding:
         """The same, made where it is missing."""
@@ -293,15 +353,12 @@ class StoredEmbeddings:
     async def _call(self, method: str, *arguments: object) -> list[ray.ObjectRef]:
         for i in range(_TRIES):
             try:
-                store = serve.get_deployment_actor(_STORE)
-                found: list[ray.ObjectRef] = await getattr(store, method).remote(*arguments)
-                return found
-            except (ray.exceptions.RayActorError, ValueError) as error:  # it is being replaced
-                if isinstance(error, InputError) or as_input_error(error) is not None:
-                    raise
-                if i == _TRIES - 1:
-                    raise Refusal(
-                        503, "what the encoder has made can't be reached; ask again in a moment", 5
-                    ) from error
+                found = await serve.get_deployment_actor(_STORE).call.remote(method, *arguments)
+            except (ray.exceptions.RayActorError, ValueError):  # it is being replaced, or not there yet
                 await asyncio.sleep(2 * i + 1)
-        raise AssertionError("the last try has returned or raised")
+            else:
+                if isinstance(found, InputError):
+                    raise found
+                references: list[ray.ObjectRef] = found
+                return references
+        raise Refusal(503, "the embeddings can't be reached; ask again in a moment", 5)

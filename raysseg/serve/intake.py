@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from raysseg.data.files import IMAGE_FORMATS, read_head
+from raysseg.data.files import IMAGE_FORMATS
 from raysseg.hosting import Http
 from raysseg.masks import IMAGE_ERRORS, explain
 from raysseg.serve.fetch import fetch
@@ -89,16 +89,16 @@ def _to_keys(data: bytes) -> dict[str, Any]:
         raise Refusal(400, f"the JSON can't be read: {error}; send one object") from error
 
 
-def check_image(data: bytes, http: Http) -> tuple[int, int]:
-    """Looks at an image's head; returns its upright (height, width).
+def check_image(data: bytes, http: Http) -> None:
+    """Looks at an image's head; no pixel is decoded.
 
     Raises:
         Refusal: it is no image that is taken, or too large or too small.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
-            pages, kind, (height, width) = getattr(file, "n_frames", 1), file.format, read_head(file).size
-            mode = file.mode
+            (width, height), kind, mode = file.size, file.format, file.mode
+            pages = getattr(file, "n_frames", 1)
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(http) from error
     except UnidentifiedImageError as error:
@@ -115,7 +115,6 @@ def check_image(data: bytes, http: Http) -> tuple[int, int]:
         raise Refusal(415, f"the {kind} holds {pages} pages; {_ALLOWED}")
     if mode not in _MODES:
         raise Refusal(415, f"the {kind} has pixels of the mode {mode}; {_ALLOWED}: convert it first")
-    return height, width
 
 
 def _too_many_pixels(http: Http) -> Refusal:

@@ -42,10 +42,11 @@ class Encoder:
     Args:
         served: the model.
         s3: of the job.
+        device: torch's name of it; default: the GPU where there is one, else the CPU.
     """
 
-    def __init__(self, served: ServedPrompt, s3: S3) -> None:
-        self._model, self._thread = _load(served, s3, "encoder"), ModelThread(f"{served.prompt} encoder")
+    def __init__(self, served: ServedPrompt, s3: S3, device: str | None = None) -> None:
+        self._model, self._thread = _load(served, s3, device, "encoder"), ModelThread(f"{served.prompt} encoder")
 
     async def embed(self, image: bytes) -> Embedding:
         """What it makes of a checked image file; raises InputError where that can't be decoded."""
@@ -65,11 +66,15 @@ class Prompter:
         served: the model.
         s3: of the job.
         embeddings: what the encoder has made.
+        device: as Encoder's.
     """
 
-    def __init__(self, name: str, served: ServedPrompt, s3: S3, embeddings: Embeddings) -> None:
-        self._model, self._thread = _load(served, s3, "decoder"), ModelThread(f"{served.prompt} decoder")
+    def __init__(
+        self, name: str, served: ServedPrompt, s3: S3, embeddings: Embeddings, device: str | None = None
+    ) -> None:
+        self._model, self._thread = _load(served, s3, device, "decoder"), ModelThread(f"{served.prompt} decoder")
         self._name, self._served, self._embeddings = name, served, embeddings
+        self._last: Embedding | None = None
 
     async def card(self) -> dict[str, Any]:
         """What `/v1/models` says of it."""
@@ -96,15 +101,16 @@ class Prompter:
         return self._to_answer(await self._thread.run(self._model.everything, embedding))
 
     async def check_health(self) -> None:
-        """Fails where a prompt is stuck; the decoder is proved by each prompt."""
-        await self._thread.check(lambda: asyncio.sleep(0))
+        """Runs the model on the image that was prompted last, unless that is idle talk; raises where it can't."""
+        if (last := self._last) is not None:
+            await self._thread.check(lambda: self._thread.run(self._model.prompt, last, _CORNER))
 
     async def _find(self, key: str, image: bytes | None) -> Embedding:
-        if image is not None:
-            return await self._embeddings.get(key, image)
-        if (found := await self._embeddings.find(key)) is not None:
-            return found
-        raise Refusal(404, f"image: {key[:12]}... is not known, or no more; upload it again")
+        found = await (self._embeddings.find(key) if image is None else self._embeddings.get(key, image))
+        if found is None:
+            raise Refusal(404, f"image: {key[:12]}... is not known, or no more; upload it again")
+        self._last = found
+        return found
 
     def _to_answer(self, found: MaskSet) -> Answer:
         scores = found.scores.tolist() if found.scores is not None else [None] * len(found)
@@ -136,9 +142,11 @@ def to_card(name: str, served: ServedPrompt) -> dict[str, Any]:
 
 
 _PROBE: Pixels = np.zeros((64, 64, 3), np.uint8)
+_CORNER = Prompt(points=((0, 0),), labels=(1,))
 
 
-def _load(served: ServedPrompt, s3: S3, part: Part) -> PromptModel:
+def _load(served: ServedPrompt, s3: S3, device: str | None, part: Part) -> PromptModel:
     log_to_stderr()
     storage.use_s3(s3.endpoint, s3.region, s3.anonymous)
-    return PromptModel(served.weights or PROMPT_MODELS[served.prompt], precision=served.precision, parts=(part,))
+    weights = served.weights or PROMPT_MODELS[served.prompt]
+    return PromptModel(weights, device=device, precision=served.precision, parts=(part,))

@@ -48,12 +48,13 @@ class Segmenter:
         name: that requests give.
         served: the bundle, and how it is run.
         s3: of the job.
+        device: torch's name of it; default: the GPU where there is one, else the CPU.
     """
 
-    def __init__(self, name: str, served: ServedBundle, s3: S3) -> None:
+    def __init__(self, name: str, served: ServedBundle, s3: S3, device: str | None = None) -> None:
         log_to_stderr()
         storage.use_s3(s3.endpoint, s3.region, s3.anonymous)
-        self._name, self._served = name, served
+        self._name, self._served, self._device = name, served, device
         self._thread = ModelThread(name)
         self._loaded: _Loaded | None = None
         self._following: asyncio.Task[None] | None = None
@@ -118,9 +119,9 @@ class Segmenter:
             logger.info("%s: answers by %s, version %s", self._name, bundle_uri, identity)
 
     def _load(self, uri: str, identity: str) -> _Loaded:
-        predictor = Predictor(uri, precision=self._served.precision, inference=self._served.inference)
-
-        return _Loaded(identity, predictor, Batcher(predictor.predict, self._thread, self._served.batch_pixels))
+        served = self._served
+        predictor = Predictor(uri, device=self._device, precision=served.precision, inference=served.inference)
+        return _Loaded(identity, predictor, Batcher(predictor.predict, self._thread, served.batch_pixels))
 
 
 _PROBE: Pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

@@ -459,12 +459,15 @@ def test_local_paths_become_absolute_and_remote_ones_stay(tmp_path: Path, monkey
         ({"data__train": NOTHING}, "data.train: missing; it has no default"),
         ({"data__val__uri": NOTHING}, "data.val.uri: missing; it has no default"),
         ({"storage": NOTHING}, "storage: missing; it has no default"),
-        ({"kind": "trian"}, 'kind: received "trian"; allowed: train, tune, evaluate, predict, shard, inspect, export'),
+        (
+            {"kind": "trian"},
+            'kind: received "trian"; allowed: train, tune, evaluate, predict, serve, shard, inspect, export',
+        ),
         (
             {"kind": ["train"]},
-            'kind: received ["train"]; allowed: train, tune, evaluate, predict, shard, inspect, export',
+            'kind: received ["train"]; allowed: train, tune, evaluate, predict, serve, shard, inspect, export',
         ),
-        ({"kind": NOTHING}, "kind: missing; allowed: train, tune, evaluate, predict, shard, inspect, export"),
+        ({"kind": NOTHING}, "kind: missing; allowed: train, tune, evaluate, predict, serve, shard, inspect, export"),
     ],
 )
 def test_mistake_is_one_line_of_key_value_and_what_is_allowed(changes: dict[str, object], line: str) -> None:

@@ -3,7 +3,7 @@
 const TRIES = 5;
 const TOKEN = "raysseg-token";
 
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(status, detail) {
     super(detail);
     this.status = status;
@@ -55,8 +55,8 @@ export function createApi({ askToken, note }) {
   }
 
   const post = (path, body, signal) => send(path, { method: "POST", body, signal });
-  const postJson = (path, value, signal) =>
-    send(path, { method: "POST", body: JSON.stringify(value), headers: { "Content-Type": "application/json" }, signal });
+  const headers = { "Content-Type": "application/json" };
+  const postJson = (path, value, signal) => send(path, { method: "POST", body: JSON.stringify(value), headers, signal });
   const at = (model, verb) => `v1/models/${encodeURIComponent(model)}/${verb}`;
 
   return {

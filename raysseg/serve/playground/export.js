@@ -21,15 +21,17 @@ export function toCoco(images, categories) {
   return {
     images: images.map(({ name, height, width }, place) => ({ id: place + 1, file_name: name, height, width })),
     annotations: annotations.map((annotation, place) => ({ id: place + 1, ...annotation })),
-    categories: categories.map(({ id, name, colour, isthing }) => ({ id, name, color: colour, isthing: Number(isthing) })),
+    categories: categories.map(({ colour, ...category }) => ({ ...toPlain(category), color: colour })),
   };
 }
 
 /** The file that `classes` of a job may name. */
 export function toClassList(categories) {
-  const classes = categories.map(({ id, name, colour, isthing }) => ({ id, name, colour, isthing: Number(isthing) }));
-  return { classes, ignore_index: voidId(categories) || UNLABELLED };
+  const classes = categories.map(({ colour, ...category }) => ({ ...toPlain(category), colour }));
+  return { classes, ignore_index: categories.some(({ id }) => id === 0) ? UNLABELLED : 0 };
 }
+
+const toPlain = ({ id, name, isthing }) => ({ id, name, isthing: Number(isthing) });
 
 /** The id of pixels without a mask: 0, unless 0 means a class that is there to be seen. */
 export function voidId(categories) {
@@ -87,7 +89,8 @@ function crc32(bytes) {
 
 /** Hands the user a file. */
 export function download(name, content) {
-  const blob = content instanceof Blob ? content : new Blob([JSON.stringify(content, null, 1)], { type: "application/json" });
+  const toJson = () => new Blob([JSON.stringify(content)], { type: "application/json" });
+  const blob = content instanceof Blob ? content : toJson();
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
   link.download = name;

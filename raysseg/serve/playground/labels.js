@@ -9,6 +9,7 @@ export function createLabels(state) {
   const newNames = []; // in the order that they came in, so that ids stay
   const select = document.getElementById("class-list");
   const baseClasses = () => state.cards.find(({ name }) => name === select.value)?.classes ?? [];
+  const knownAs = (name) => state.cards.flatMap(({ classes }) => classes).find((known) => known.name === name);
   const allKept = () => state.images.flatMap(({ kept }) => kept);
 
   function toNewId(base, place) {
@@ -23,15 +24,17 @@ export function createLabels(state) {
       if (!newNames.includes(name) && !base.some((known) => known.name === name)) newNames.push(name);
     }
     const fresh = newNames
-      .map((name, place) => ({ id: toNewId(base, place), name, colour: hueColour(place), isthing: true }))
+      .map((name, place) => {
+        return { colour: hueColour(place), isthing: true, ...knownAs(name), name, id: toNewId(base, place) };
+      })
       .filter(({ name }) => used.has(name) && !base.some((known) => known.name === name));
     return [...base, ...fresh];
   }
 
   /** A class's colour: the chosen list's, so that two models agree, else the card's own. */
   function colourOf(name, card = null) {
-    const known = [...categories(), ...(card?.classes ?? []), ...state.cards.flatMap(({ classes }) => classes)];
-    return known.find((found) => found.name === name)?.colour ?? hueColour(newNames.length);
+    const known = [...categories(), ...(card?.classes ?? [])].find((found) => found.name === name) ?? knownAs(name);
+    return known?.colour ?? hueColour(newNames.length);
   }
 
   /** A mask under a class name; what it was found as stays as it is. */

@@ -16,15 +16,22 @@ export function toIndex(segments, height, width) {
   return index;
 }
 
-/** A layer of segments, {segments, index, height, width, surface}; `surface` is coloured by `colourLayer`. */
-export function buildLayer(segments, height, width) {
-  const surface = new OffscreenCanvas(width, height);
-  return { segments, index: toIndex(segments, height, width), height, width, surface };
+/**
+ * A layer of segments, {segments, index, height, width, surface}, the last one where that is the same; `surface` is
+ * coloured by `colourLayer`, and null where there are no segments.
+ */
+export function reuseLayer(last, segments, { height, width }) {
+  const isOfSize = last?.height === height && last.width === width && last.segments.length === segments.length;
+  if (isOfSize && segments.every((segment, place) => segment === last.segments[place])) return last;
+  const layer = { segments, height, width, index: [], surface: null };
+  if (!segments.length) return layer;
+  return { ...layer, index: toIndex(segments, height, width), surface: new OffscreenCanvas(width, height) };
 }
 
 /** Paints a layer in its segments' colours, a light line around each; what is not lit, if anything is, steps back. */
 export function colourLayer(layer, isLit) {
-  const { segments, index, height, width } = layer;
+  const { segments, index, height, width, surface } = layer;
+  if (!surface) return;
   const anyLit = isLit !== null && segments.some(isLit);
   const fills = new Uint32Array(segments.length + 1);
   const lines = new Uint32Array(segments.length + 1);
@@ -43,7 +50,7 @@ export function colourLayer(layer, isLit) {
     }
   }
   const data = new ImageData(new Uint8ClampedArray(pixels.buffer), width, height);
-  layer.surface.getContext("2d").putImageData(data, 0, 0);
+  surface.getContext("2d").putImageData(data, 0, 0);
 }
 
 /** The segment on top at a pixel, or null. */

@@ -11,16 +11,20 @@ export function make(tag, { dataset = {}, ...properties } = {}, ...children) {
 /** A number with thin spaces between its thousands. */
 export const toCount = (number) => number.toLocaleString("en").replaceAll(",", "\u202f");
 
-export const toPercent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const toPercent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 
 const toScore = (score) => score.toFixed(2);
 
 const areaOf = (segments) => segments.reduce((sum, { area }) => sum + area, 0);
 
-export function makeSwatch(colour) {
+function makeSwatch(colour) {
   const swatch = make("i", { className: "swatch" });
-  swatch.style.background = `rgb(${colour.join(" ")})`;
+  setColour(swatch, colour);
   return swatch;
+}
+
+function setColour(swatch, colour) {
+  swatch.style.background = `rgb(${colour.join(" ")})`;
 }
 
 /** Segments of one or two answers by class, the largest first: [{name, colour, groups: [segments, segments]}]. */
@@ -66,7 +70,8 @@ function makeParts({ name, groups }, numPixels, actions, isOpen) {
   const rows = groups[0].map((segment, place) => {
     const title = `${name} ${place + 1}`;
     const row = make("li", { className: "row" }, makeToggle(title, segment, actions));
-    row.append(make("span", { className: "numbers" }, makeNumbers([segment], numPixels, "")), makeKeep(title, [segment], actions));
+    row.append(make("span", { className: "numbers" }, makeNumbers([segment], numPixels, "")));
+    row.append(makeKeep(title, [segment], actions));
     highlightOn(row, (other) => other === segment, actions);
     return row;
   });
@@ -106,21 +111,30 @@ function highlightOn(row, test, { light }) {
 /** The rows of the masks that are kept; rename(mask, name), correct(mask), remove(mask), light(test). */
 export function renderKept(list, masks, { rename, correct, remove, light, canCorrect, colourOf }) {
   const rows = masks.map((mask, place) => {
-    const swatch = makeSwatch(colourOf(mask.name));
-    const name = make("input", { type: "text", value: mask.name, maxLength: 80, ariaLabel: `Class of mask ${place + 1}` });
+    const swatch = makeSwatch([0, 0, 0]);
+    const name = make("input", { type: "text", maxLength: 80 });
+    name.ariaLabel = `Class of mask ${place + 1}`;
     name.setAttribute("list", "names");
-    name.addEventListener("change", () => rename(mask, name.value));
     const area = make("small", {}, `${toCount(mask.area)} px`);
     const edit = make("button", { type: "button", textContent: "Correct", hidden: !canCorrect });
-    edit.ariaLabel = `Correct mask ${place + 1}, ${mask.name}`;
     edit.addEventListener("click", () => correct(mask));
     const bin = make("button", { type: "button", textContent: "Delete", className: "delete" });
-    bin.ariaLabel = `Delete mask ${place + 1}, ${mask.name}`;
     bin.addEventListener("click", () => {
       remove(mask);
       (list.querySelectorAll(".delete")[Math.min(place, masks.length - 2)] ?? list).focus();
     });
-    const row = make("li", { className: "row", dataset: { name: mask.name, area: mask.area } }, swatch, name, area, edit, bin);
+    const row = make("li", { className: "row", dataset: { area: mask.area } }, swatch, name, area, edit, bin);
+    const label = () => {
+      row.dataset.name = name.value = mask.name;
+      edit.ariaLabel = `Correct mask ${place + 1}, ${mask.name}`;
+      bin.ariaLabel = `Delete mask ${place + 1}, ${mask.name}`;
+      setColour(swatch, colourOf(mask.name));
+    };
+    label();
+    name.addEventListener("change", () => {
+      rename(mask, name.value);
+      label(); // in place: a new row would lose the focus
+    });
     highlightOn(row, (segment) => segment === mask, { light });
     return row;
   });

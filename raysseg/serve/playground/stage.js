@@ -29,6 +29,7 @@ export class Stage extends EventTarget {
     this.image = image;
     this.cursor = this.corner = this.press = null;
     this.root.style.setProperty("--aspect", image.width / image.height);
+    for (const canvas of this.canvases) canvas.ariaLabel = image.name;
   }
 
   /** Draws panes of layers [{surface, from, to}], the fractions of the width that each covers, and the prompts. */
@@ -64,7 +65,7 @@ export class Stage extends EventTarget {
     context.drawImage(this.image.bitmap, 0, 0, canvas.width, canvas.height);
     context.imageSmoothingEnabled = false; // a label is no mixture of its neighbours
     context.globalAlpha = this.scene.opacity;
-    for (const { surface, from, to } of layers) this.#paintLayer(context, surface, from, to);
+    for (const layer of layers) if (layer.surface) this.#paintLayer(context, layer);
     context.globalAlpha = 1;
     this.#paintMarks(context, canvas.width / this.image.width);
     const percent = `${this.split * 100}%`;
@@ -72,7 +73,7 @@ export class Stage extends EventTarget {
     this.divider.setAttribute("aria-valuenow", Math.round(this.split * 100));
   }
 
-  #paintLayer(context, surface, from, to) {
+  #paintLayer(context, { surface, from, to }) {
     const { width, height } = context.canvas;
     const edges = { start: 0, split: this.split, end: 1 };
     const left = Math.round(edges[from] * width);
