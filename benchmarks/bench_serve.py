@@ -3,7 +3,8 @@
 Parts:
     throughput  requests/s and latency by the number of clients, against FastAPI without batches and, where it is
                 installed (`pip install litserve`; it is no dependency), LitServe with them. All decode, predict and
-                encode by the same code, with the same number of torch's threads.
+                encode by the same code, with the same number of torch's threads; fastapi-threads runs the model many
+                times at once, and so on all cores, whereas the others run it in one thread.
     hops        what each step of a request costs, from the Predictor alone to the whole path.
     bytes       an answer's size in each form, for ground truth, against the mask as a JSON array of numbers.
     scaling     from one replica to two under load, and back.
@@ -22,6 +23,7 @@ import shutil
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -39,12 +41,14 @@ from benchmarks.serve_load import Client, Load, Outcome, send
 from benchmarks.serve_prompts import measure_prompts
 from benchmarks.serve_sides import (
     draw_images,
+    expected_answers,
     free_port,
     ours_command,
     running,
     segment_url,
     serve_job,
     to_asks,
+    to_expected,
     write_bundle,
 )
 from raysseg import masks
@@ -54,6 +58,7 @@ from raysseg.masks import LabelMap
 from raysseg.runtime import log_to_stderr
 from raysseg.schema import ClassMap
 from raysseg.serve.answers import Form, to_answer
+from raysseg.serve.segment import find_bundle
 
 # --- throughput ---------------------------------------------------------------------------------------------------
 
@@ -65,12 +70,15 @@ def measure_throughput(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Each server is started anew in each round; nothing else runs beside it."""
     images = draw_images(folder / "data", options.images, options.side)
     bundle = write_bundle(folder / "data/classes.json", options.model, folder / "bundle")
+    expected = to_expected({find_bundle(bundle)[1]: expected_answers(bundle, images)})
     outcomes: dict[tuple[str, int], list[Outcome]] = {}
+    num_wrong: Counter[str] = Counter()
     for i in range(options.rounds):
         for name, (url, start) in iter_sides(bundle, folder):
             asks = to_asks(images, folder / "forms", url)
             with start():
-                send(Load(asks, concurrency=8, count=40))  # until all is warm
+                warm = send(Load(asks, concurrency=8, count=48, expected=expected))
+                num_wrong[name] += warm.num_wrong + warm.num_errors
                 for clients in options.clients:
                     outcome = send(Load(asks, concurrency=clients, seconds=options.seconds))
                     outcomes.setdefault((name, clients), []).append(outcome)
@@ -192,13 +200,13 @@ def measure_scaling(options: argparse.Namespace, folder: Path) -> list[Row]:
         send(Load(asks, concurrency=2, count=20))
         for i in range(options.rounds):
             wait_until(lambda: num_replicas(job, name) == 1, 120)
-            client = Client(Load(asks, concurrency=max(options.clients), seconds=600))
-            wait_until(lambda: num_replicas(job, name) == 2, 120)
-            decided = time.time()
-            wait_until(lambda: len(running_pids(job, name)) == 2, 120)
-            up = time.time()
-            time.sleep(options.seconds)
-            outcome = client.stop()
+            with Client(Load(asks, concurrency=max(options.clients), seconds=600)) as client:
+                wait_until(lambda: num_replicas(job, name) == 2, 120)
+                decided = time.time()
+                wait_until(lambda: len(running_pids(job, name)) == 2, 120)
+                up = time.time()
+                time.sleep(options.seconds)
+                outcome = client.stop()
             began = min(attempt.at for attempt in outcome.attempts)
             down = wait_until(lambda: num_replicas(job, name) == 1, 300)
             rows.append(

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import itertools
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.results import Row
-from benchmarks.serve_cluster import deploy, kill, running_pids, serving, wait_until
+from benchmarks.serve_cluster import INGRESS, kill, running_pids, serving, wait_until
 from benchmarks.serve_load import Attempt, Client, Load, Outcome, send
-from benchmarks.serve_peers import Model
-from benchmarks.serve_sides import draw_images, free_port, segment_url, serve_job, to_asks, write_bundle
+from benchmarks.serve_sides import (
+    draw_images,
+    expected_answers,
+    free_port,
+    segment_url,
+    serve_job,
+    to_asks,
+    to_expected,
+    write_bundle,
+)
 from raysseg import rle
 from raysseg.config import ServeJob
+from raysseg.serve.cluster import deploy
 from raysseg.serve.segment import find_bundle
 
 _REPLICAS = {"replicas": 2, "cpus_per_replica": 0.25}
@@ -38,56 +45,59 @@ def measure_chaos(options: argparse.Namespace, folder: Path) -> list[Row]:
     jobs = [serve_job(uri, port, _REPLICAS, ingress_replicas=2) for uri in uris]
     answers = {find_bundle(uri)[1]: expected_answers(uri, images) for uri in uris}
     assert len(answers) == 2, "the bundles have to differ"
-    expected = {version: [hashlib.sha256(body).hexdigest() for body in bodies] for version, bodies in answers.items()}
     asks = to_asks(images, folder / "forms", segment_url(port))
-    (clients,) = options.clients
+    clients = max(options.clients)
+    load = Load(asks, clients, seconds=options.seconds, retries=1, expected=to_expected(answers))
     with serving(jobs[0]):
-        send(Load(asks, concurrency=clients, count=40))  # until all is warm
-        client = Client(Load(asks, clients, seconds=options.seconds, retries=1, expected=expected))
-        recoveries, update_s = disturb(jobs, options.seconds, options.kill_every)
-        outcome = client.finish()
+        send(Load(asks, clients, count=40))  # until all is warm
+        with Client(load) as client:
+            disturbed = disturb(jobs, options.seconds, options.kill_every)
+            outcome = client.finish()
     for place, body in outcome.odd[:5]:
         print(f"image {place}: {explain(body, {version: bodies[place] for version, bodies in answers.items()})}")
-    return to_rows(outcome, recoveries, update_s, find_bundle(uris[1])[1])
+    return to_rows(outcome, disturbed, find_bundle(uris[1])[1])
 
 
-def expected_answers(uri: str, images: Sequence[Path]) -> list[bytes]:
-    """What the bundle's Predictor says of each image, alone."""
-    model = Model(uri)
-    return [model.answer(path.read_bytes()) for path in images]
+class Disturbed(NamedTuple):
+    """What was done, and how long it took to be made good.
 
-
-def disturb(jobs: Sequence[ServeJob], seconds: float, every: float) -> tuple[dict[str, list[float]], float]:
-    """Kills replicas, of the model and of the ingress in turn, and moves to the second job in the middle.
-
-    Returns the seconds from each kill until all replicas were there again, and those of the update.
+    Attributes:
+        whole_s: by deployment, seconds from each kill until all replicas ran again.
+        num_lasting: kills after which that took too long.
+        update_s: seconds of the update.
     """
-    began = time.monotonic()
+
+    whole_s: dict[str, list[float]]
+    num_lasting: int
+    update_s: float
+
+
+def disturb(jobs: Sequence[ServeJob], seconds: float, every: float) -> Disturbed:
+    """Kills replicas, of the model and of the ingress in turn, and moves to the second job in the middle."""
+    began, num_lasting = time.monotonic(), 0
     (name,) = jobs[0].models
-    recoveries: dict[str, list[float]] = {name: [], "ingress": []}
-    update_s = [0.0]
+    whole_s: dict[str, list[float]] = {name: [], INGRESS: []}
+    with ThreadPoolExecutor(1) as executor:
+        updating = executor.submit(update_s, jobs[1], began + seconds / 2)
+        for i in range(int(seconds / every)):
+            time.sleep(max(0.0, began + (i + 0.5) * every - time.monotonic()))
+            deployment = (name, INGRESS)[i % 2]
+            try:
+                wait_until(lambda of=deployment: len(running_pids(jobs[0], of)) > 0, _RECOVERY_S)  # type: ignore[misc]
+                kill(pid := running_pids(jobs[0], deployment)[0])
+                whole_s[deployment].append(recovery_s(jobs[0], deployment, pid))
+                result = f"whole after {whole_s[deployment][-1]:.1f} s"
+            except TimeoutError as error:
+                num_lasting, result = num_lasting + 1, str(error)
+            print(f"{(i + 0.5) * every:.0f} s: {deployment} killed, {result}", flush=True)
+        return Disturbed(whole_s, num_lasting, updating.result())
 
-    def update() -> None:
-        at = time.monotonic()
-        deploy(jobs[1])
-        update_s[0] = time.monotonic() - at
 
-    updating = threading.Timer(seconds / 2, update)
-    updating.start()
-    for i in itertools.count():
-        at = (i + 0.5) * every
-        if at > seconds - every / 4:
-            break
-        time.sleep(max(0.0, began + at - time.monotonic()))
-        deployment = (name, "ingress")[i % 2]
-        if not (pids := running_pids(jobs[0], deployment)):
-            print(f"{at:.0f} s: no replica of {deployment} is running", flush=True)
-            continue
-        kill(pids[0])
-        recoveries[deployment].append(recovery_s(jobs[0], deployment, pids[0]))
-        print(f"{at:.0f} s: {deployment} killed, whole after {recoveries[deployment][-1]:.1f} s", flush=True)
-    updating.join()
-    return recoveries, update_s[0]
+def update_s(job: ServeJob, at: float) -> float:
+    """Seconds that it takes to move to a job, from a moment on."""
+    time.sleep(max(0.0, at - time.monotonic()))
+    deploy(job)
+    return time.monotonic() - at
 
 
 def recovery_s(job: ServeJob, deployment: str, killed: int) -> float:
@@ -120,7 +130,7 @@ def to_labels(answer: dict[str, Any]) -> npt.NDArray[np.int64]:
     return labels
 
 
-def to_rows(outcome: Outcome, recoveries: dict[str, list[float]], update_s: float, newer: str) -> list[Row]:
+def to_rows(outcome: Outcome, disturbed: Disturbed, newer: str) -> list[Row]:
     """The counts, a row each."""
     by_request: dict[int, list[Attempt]] = {}
     for attempt in outcome.attempts:
@@ -131,16 +141,17 @@ def to_rows(outcome: Outcome, recoveries: dict[str, list[float]], update_s: floa
     lost = [number for number, tries in by_request.items() if all(one.status != 200 for one in tries)]
     values: list[tuple[str, float, str]] = [
         ("requests", len(by_request), "-"),
-        ("kills", sum(map(len, recoveries.values())), "-"),
+        ("kills", sum(map(len, disturbed.whole_s.values())) + disturbed.num_lasting, "-"),
         ("answers 5xx", sum(one.status >= 500 for one in failed), "-"),
         ("other answers than 200", sum(0 < one.status < 500 for one in failed), "0"),
         ("connection errors", sum(one.status == 0 for one in failed), "-"),
         ("retries", len(outcome.attempts) - len(by_request), "-"),
         ("lost after one retry", len(lost), "0"),
-        ("wrong answers", sum(not one.is_right for one in outcome.attempts), "0"),
+        ("wrong answers", outcome.num_wrong, "0"),
         ("answers by the second bundle", sum(one.version == newer for one in outcome.answered), "> 0"),
-        ("rolling update, s", update_s, "-"),
-        *((f"{name} whole again, s", median(seconds), "-") for name, seconds in recoveries.items() if seconds),
+        ("rolling update, s", disturbed.update_s, "-"),
+        (f"not whole again in {_RECOVERY_S:.0f} s", disturbed.num_lasting, "0"),
+        *((f"{name} whole again, s", median(seconds), "-") for name, seconds in disturbed.whole_s.items() if seconds),
         ("requests/s", outcome.rate, "-"),
         ("p50 ms", outcome.latency_ms(0.5), "-"),
         ("p95 ms", outcome.latency_ms(0.95), "-"),

@@ -11,32 +11,23 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 
 from raysseg.config import ServeJob
-from raysseg.runtime import connect
-from raysseg.section import seconds_of
-from raysseg.serve import build_app
+from raysseg.serve.cluster import deploy
+
+INGRESS = "_ingress"
 
 
 @contextmanager
 def serving(job: ServeJob) -> Iterator[None]:
     """A job on a local Ray of this process, until the end of the block."""
-    connect()
-    timeout_s = seconds_of(job.http.timeout)
-    serve.start(http_options=HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s))
     try:
         deploy(job)
         yield
     finally:
         serve.shutdown()
         ray.shutdown()
-
-
-def deploy(job: ServeJob) -> None:
-    """Serves a job, or what it has become, from where Serve already runs."""
-    serve.run(build_app(job), name=job.name, route_prefix="/")
 
 
 def running_pids(job: ServeJob, deployment: str) -> list[int]:

@@ -4,7 +4,7 @@
 
 from typing import Annotated
 
-import litserve
+import litserve  # type: ignore[import-untyped,unused-ignore]
 from fastapi import File, Response
 
 from benchmarks.serve_peers import BATCH, BATCH_WAIT_S, Model

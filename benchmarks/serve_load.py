@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import aiohttp
 
@@ -96,6 +96,11 @@ class Outcome(NamedTuple):
         return len(self.attempts) - len(self.answered)
 
     @property
+    def num_wrong(self) -> int:
+        """Answers that are not what was expected."""
+        return sum(not attempt.is_right for attempt in self.attempts)
+
+    @property
     def rate(self) -> float:
         """Answers a second, from the first request to the last answer."""
         ends = [attempt.at + attempt.seconds for attempt in self.attempts]
@@ -146,10 +151,18 @@ class Client:
         self._process.terminate()
         return self.finish()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # where it has not come to its end
+        self._process.wait()
+
 
 def send(load: Load) -> Outcome:
     """Sends a load, to its end."""
-    return Client(load).finish()
+    with Client(load) as client:
+        return client.finish()
 
 
 # --- the process --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -21,10 +22,11 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.serve_load import Ask, write_form
-from benchmarks.serve_peers import MODEL_NAME
+from benchmarks.serve_peers import MODEL_NAME, Model
 from raysseg import bundle as bundles
+from raysseg import config
 from raysseg.bundle import Bundle, Preprocessing
-from raysseg.config import Inference, Model, ServeJob, parse_as
+from raysseg.config import Inference, ServeJob, parse_as
 from raysseg.data import read_class_map
 from raysseg.data.example import draw_example
 from raysseg.models import build_model
@@ -46,13 +48,24 @@ def write_bundle(classes: Path, model: str, uri: Path, seed: int = 0) -> str:
     """A model that knows nothing, but says something: its last layer is drawn wider."""
     class_map = read_class_map(str(classes))
     torch.manual_seed(seed)
-    net = build_model(Model(name=model, weights=None), class_map).eval()
+    net = build_model(config.Model(name=model, weights=None), class_map).eval()
     for name, parameter in net.named_parameters():
         if "classifier" in name:
             nn.init.normal_(parameter, std=0.5)
     manifest = Bundle(str(uri), "semantic", class_map, model, Preprocessing(None), {}, {}, {}, Inference(), {})
     bundles.write(manifest, net)
     return str(uri)
+
+
+def expected_answers(uri: str, images: Sequence[Path]) -> list[bytes]:
+    """What a bundle's Predictor says of each image, alone."""
+    model = Model(uri)
+    return [model.answer(path.read_bytes()) for path in images]
+
+
+def to_expected(answers: Mapping[str, Sequence[bytes]]) -> dict[str, list[str]]:
+    """By version, as a load expects answers."""
+    return {version: [hashlib.sha256(body).hexdigest() for body in bodies] for version, bodies in answers.items()}
 
 
 def to_asks(images: Sequence[Path], folder: Path, url: str) -> list[Ask]:
