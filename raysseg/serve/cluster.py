@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -75,8 +77,15 @@ def deploy(job: ServeJob) -> None:
     try:
         serve.run(to_application(job), name=job.name, route_prefix="/")
     except RuntimeError as error:
-        messages = [entry.message for entry in serve.status().applications.values() if entry.message]
-        raise InputError(f"{job.name} can't be deployed: {' '.join(messages) or error}") from error
+        raise InputError(f"{job.name} can't be deployed: {' '.join(_reasons(job.name)) or error}") from error
+
+
+def _reasons(app_name: str) -> Iterator[str]:
+    """What the replicas that could not start have raised: the last line of each traceback."""
+    application = serve.status().applications.get(app_name)
+    for name, status in application.deployments.items() if application else ():
+        if lines := re.findall(r"^[\w.]+Error: .*", status.message, re.MULTILINE):
+            yield f"{name}: {lines[-1]}"
 
 
 def _wait_for_signal() -> None:
