@@ -83,13 +83,8 @@ def measure_throughput(options: argparse.Namespace, folder: Path) -> list[Row]:
                     outcome = send(Load(asks, concurrency=clients, seconds=options.seconds))
                     outcomes.setdefault((name, clients), []).append(outcome)
                     print(f"round {i}, {name}, {clients} clients: {outcome.rate:.1f}/s", flush=True)
-    return [
-        to_throughput(name, clients, rounds) for (name, clients), rounds in sorted(outcomes.items(), key=by_clients)
-    ]
-
-
-def by_clients(item: tuple[tuple[str, int], object]) -> int:
-    return item[0][1]
+    keys = sorted(outcomes, key=lambda key: key[1])
+    return [{**to_throughput(*key, outcomes[key]), "wrong when checked": num_wrong[key[0]]} for key in keys]
 
 
 def iter_sides(bundle: str, folder: Path) -> Iterator[tuple[str, Side]]:
