@@ -928,8 +928,9 @@ class ServedBundle(Replicas):
     """A bundle; or a run's folder, of which the best bundle is taken."""
     follow: Duration | None = None
     """How often a run's folder is looked at for a better bundle, which then takes over; null: never."""
-    batch_pixels: Annotated[int, Field(ge=1)] = 4_000_000
-    """Of the images, as the model sees them, that go through it together; a larger one goes alone."""
+    batch_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Of the images, as the model sees them, that go through it together; a larger one goes alone. Default: 4 million
+    on a GPU; on CPUs each image goes alone, as a batch takes as long as its images one by one."""
     inference: Inference = Inference()
     """Keys that are left out are as the bundle was validated."""
     precision: Precision = "auto"

@@ -59,6 +59,11 @@ class Predictor:
         self._model = bundles.load(self.bundle).to(self._device)
         self._dtype = resolve_precision(precision, self._device)
 
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether batches gain anything."""
+        return self._device.type != "cpu"
+
     def predict(self, images: Sequence[Pixels | Windowed]) -> list[View]:
         """Segments images, each (H, W, 3) uint8 RGB of any size; masks are of the images' own sizes."""
         return predict(self._model, images, self.bundle.preprocessing.size, self._dtype, self._inference)

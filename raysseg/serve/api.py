@@ -1,15 +1,12 @@
-"""The HTTP interface, version 1: routes, tokens, errors and counts, whatever answers behind them."""
+"""The HTTP interface, version 1: its routes, whatever answers behind them."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import logging
-import os
 import re
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,7 +15,6 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from raysseg.hosting import Http
 from raysseg.schema import InputError, Prompt
@@ -26,21 +22,13 @@ from raysseg.serve import openapi
 from raysseg.serve.answers import Answer, Form, choose_form
 from raysseg.serve.intake import Body, read_body
 from raysseg.serve.refusal import Refusal
+from raysseg.serve.watch import Counts, Watch, answer_problem, read_token
 
 logger = logging.getLogger(__name__)
 
 PLAYGROUND = Path(__file__).parent / "playground"
 
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
-    "Cache-Control": "no-cache",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
 Endpoint = TypeVar("Endpoint")
-Next = Callable[[Request], Awaitable[Response]]
 
 
 class Segmenting(Protocol):
@@ -80,10 +68,11 @@ def build_api(segmenting: Mapping[str, Segmenting], prompting: Mapping[str, Prom
     Raises:
         InputError: the environment lacks the token that is to be asked for.
     """
-    api = _Api(segmenting, prompting, http)
+    counts = Counts([*segmenting, *prompting])
+    api = _Api(segmenting, prompting, http, counts)
     app = FastAPI(title="raysseg", version=version("raysseg"), description=openapi.DESCRIPTION)
-    app.middleware("http")(api.watch)
-    app.exception_handler(InputError)(to_problem)
+    app.add_middleware(Watch, counts=counts, token=read_token(http))
+    app.add_exception_handler(InputError, answer_problem)
     add = app.add_api_route
     add("/v1/models", api.list_models, openapi_extra=openapi.MODELS)
     add("/v1/models/{name}", api.describe, openapi_extra=openapi.MODEL)
@@ -98,63 +87,15 @@ def build_api(segmenting: Mapping[str, Segmenting], prompting: Mapping[str, Prom
     return app
 
 
-async def to_problem(_: Request, error: Exception) -> Response:
-    """What can be mended, as RFC 9457 has it; an image that turns out not to be one is 422."""
-    refusal = error if isinstance(error, Refusal) else Refusal(422, str(error))
-    headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s is not None else {}
-    if refusal.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return _problem(refusal.status, str(refusal), headers)
-
-
-def _problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    body = msgspec.json.encode({"title": openapi.TITLES.get(status, "Error"), "status": status, "detail": detail})
-    return Response(body, status, headers, media_type="application/problem+json")
-
-
 class _Api:
-    def __init__(self, segmenting: Mapping[str, Segmenting], prompting: Mapping[str, Prompting], http: Http) -> None:
-        self._segmenting, self._prompting, self._http = segmenting, prompting, http
-        self._token = _read_token(http)
-        self._registry = CollectorRegistry()
-        labels = ("model", "action")
-        self._requests = Counter(
-            "raysseg_requests", "Requests that were answered.", (*labels, "status"), registry=self._registry
-        )
-        self._seconds = Histogram(
-            "raysseg_request_seconds",
-            "From request to answer.",
-            ("model", "action"),
-            registry=self._registry,
-            buckets=_SECONDS,
-        )
-
-    # --- every request ---
-
-    async def watch(self, request: Request, follow: Next) -> Response:
-        """Asks for the token, counts, and turns what nobody foresaw into a plain 500."""
-        began = time.perf_counter()
-        path = request.url.path
-        if path.startswith("/v1/") and not self._is_allowed(request):
-            detail = "the bearer token is missing or wrong; send `Authorization: Bearer TOKEN`"
-            response = _problem(401, detail, {"WWW-Authenticate": "Bearer"})
-        else:
-            try:
-                response = await follow(request)
-            except Exception:
-                logger.exception("%s %s failed", request.method, path)
-                response = _problem(500, "this is a bug of the server; its log says more")
-        if not path.startswith(("/docs", "/redoc")):  # which load their page's parts from elsewhere
-            response.headers.update(_HEADERS)
-        if match := re.fullmatch(r"/v1/models/([^/]+)/(\w+)", path):
-            name = match[1] if match[1] in {*self._segmenting, *self._prompting} else "unknown"
-            self._requests.labels(name, match[2], response.status_code).inc()
-            self._seconds.labels(name, match[2]).observe(time.perf_counter() - began)
-        return response
-
-    def _is_allowed(self, request: Request) -> bool:
-        given = request.headers.get("authorization", "")
-        return self._token is None or hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._token}".encode())
+    def __init__(
+        self,
+        segmenting: Mapping[str, Segmenting],
+        prompting: Mapping[str, Prompting],
+        http: Http,
+        counts: Counts,
+    ) -> None:
+        self._segmenting, self._prompting, self._http, self._counts = segmenting, prompting, http, counts
 
     # --- models ---
 
@@ -208,22 +149,11 @@ class _Api:
 
     async def count(self) -> Response:
         """The counts of this process, for Prometheus."""
-        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+        return Response(self._counts.as_text(), media_type="text/plain; version=0.0.4")
 
     async def show_page(self) -> Response:
         """The playground."""
         return FileResponse(PLAYGROUND / "index.html")
-
-
-def _read_token(http: Http) -> str | None:
-    if http.token_variable is None:
-        return None
-    if not (token := os.environ.get(http.token_variable)):
-        raise InputError(
-            f"http.token_variable: the environment variable {http.token_variable} is not set where requests come in; "
-            "set it there, or leave this key out"
-        )
-    return token
 
 
 def _known(name: str, of: Mapping[str, Endpoint], others: Mapping[str, object] | None = None) -> Endpoint:

@@ -41,6 +41,7 @@ from raysseg.serve.segment import Segmenter, find_bundle, read_card
 
 logger = logging.getLogger(__name__)
 
+_HEALTH_S = 2.0  # between two checks of a replica
 _TRIES = 3  # of a request whose replica dies
 _PAUSE_S = 0.5  # between two of them
 _CARD_S = 10.0  # for which a card is taken for true
@@ -121,6 +122,7 @@ def to_application(job: ServeJob) -> Application:
         max_ongoing_requests=_INGRESS_ONGOING,
         max_queued_requests=_INGRESS_ONGOING,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
+        health_check_period_s=_HEALTH_S,
         max_surge_percent=100,
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": 0.1},
@@ -158,7 +160,7 @@ def _options(replicas: Replicas) -> dict[str, Any]:
         "ray_actor_options": actor,
         "max_ongoing_requests": replicas.max_ongoing,
         "max_queued_requests": replicas.max_queue,
-        "health_check_period_s": 5,
+        "health_check_period_s": _HEALTH_S,
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": 60,
         "max_surge_percent": 100,

@@ -26,6 +26,8 @@ from raysseg.serve.thread import ModelThread
 
 logger = logging.getLogger(__name__)
 
+_GPU_PIXELS = 4_000_000
+
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -121,7 +123,8 @@ class Segmenter:
     def _load(self, uri: str, identity: str) -> _Loaded:
         served = self._served
         predictor = Predictor(uri, device=self._device, precision=served.precision, inference=served.inference)
-        return _Loaded(identity, predictor, Batcher(predictor.predict, self._thread, served.batch_pixels))
+        batch_pixels = served.batch_pixels or (_GPU_PIXELS if predictor.is_on_gpu else 1)
+        return _Loaded(identity, predictor, Batcher(predictor.predict, self._thread, batch_pixels))
 
 
 _PROBE: Pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

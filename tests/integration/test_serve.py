@@ -66,7 +66,7 @@ def job_of(models: dict[str, Any], **keys: Any) -> ServeJob:
 
 @pytest.fixture(scope="module")
 def client(bundles: dict[Task, str], sam: str) -> Iterator[TestClient]:
-    models: dict[str, Any] = {task: {"bundle": uri} for task, uri in bundles.items()}
+    models: dict[str, Any] = {task: {"bundle": uri, "batch_pixels": 100_000} for task, uri in bundles.items()}
     with TestClient(build_local_app(job_of({**models, "sam": {"prompt": "sam-vit-base", "weights": sam}}))) as client:
         yield client
 
