@@ -948,6 +948,9 @@ class ServedPrompt(Section):
     """Answers each prompt; without a GPU, if not told otherwise."""
     cache_mib: Annotated[int, Field(ge=16)] = 2048
     """For what the encoder has made of images; the least recently used goes first."""
+    points_per_side: Annotated[int, Field(ge=1, le=128)] = 32
+    """Of the grid of points by which everything in an image is looked for; the time goes with its square, and on CPUs
+    is minutes for 32: see `http.timeout`."""
     precision: Precision = "auto"
 
     @model_validator(mode="before")

@@ -53,8 +53,8 @@ class Http(Section):
     """After which a request is given up."""
     max_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**20
     """Of a request."""
-    max_pixels: Annotated[int, Field(ge=1024)] = 64_000_000
-    """Of an image."""
+    max_pixels: Annotated[int, Field(ge=1024)] = 16_000_000
+    """Of an image; a model that sees images whole takes some 250 bytes a pixel and more."""
     min_side: Annotated[int, Field(ge=1)] = 8
     """Pixels; of an image."""
     fetch: tuple[Annotated[str, Field(pattern=r"^(https|s3|gs)://(.+/)?$")], ...] = ()

@@ -418,8 +418,8 @@ def decode_id_map(data: bytes, classes: ClassMap | None = None) -> IdMap:
     raise InputError(f"the mask has PNG mode {mode}; allowed: palette, grey of 1, 8 or 16 bit, RGB colours")
 
 
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for files that it can't decode."""
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that it can't decode; damaged tags raise TypeError and struct.error."""
 
 
 def explain(error: Exception) -> str:

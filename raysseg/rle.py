@@ -22,6 +22,10 @@ Mask = npt.NDArray[np.bool_]
 """(H, W)."""
 
 
+_MAX_PARTS = 7
+"""Of a number in a compressed RLE: 35 bits."""
+
+
 def from_mask(mask: Mask) -> bytes:
     """Compresses a mask, (H, W)."""
     return from_masks(mask[None])[0]
@@ -118,13 +122,15 @@ def to_runs(rle: bytes, size: tuple[int, int]) -> Runs:
         raise InputError(f"has an RLE that can't be decoded ({rle[:20]!r}); allowed: COCO's compressed counts")
     first = np.flatnonzero(np.concatenate([[True], is_last[:-1]]))
     lengths = np.diff(first, append=len(parts))
+    if lengths.max() > _MAX_PARTS:
+        raise InputError(f"has an RLE with a number that no image has ({rle[:20]!r}); write the file anew")
     place = np.arange(len(parts)) - first.repeat(lengths)
     numbers = np.add.reduceat((parts & 31) << (5 * place), first)
     numbers -= ((parts[is_last] & 16) != 0) * (np.int64(1) << (5 * lengths))  # the highest bit is the sign
     numbers[1::2] = numbers[1::2].cumsum()  # from the fourth on, a number is the difference to the last but one
     numbers[2::2] = numbers[2::2].cumsum()
-    if numbers.min() < 0 or numbers.sum() != size[0] * size[1]:
-        raise InputError(_unfit(int(numbers.sum()), size))
+    if numbers.min() < 0 or numbers.max() > size[0] * size[1] or numbers.sum() != size[0] * size[1]:
+        raise InputError(_unfit(sum(numbers.tolist()), size))  # numpy's own sum may wrap
     return numbers
 
 

@@ -120,7 +120,7 @@ class Automatic:
                 raise InputError(f"automatic.{name}: {getattr(self, name)}; allowed: 0 to 1")
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """Masks that `everything` may keep: boxes (N, 4), as RLE, and scores (N,)."""
 
     boxes: npt.NDArray[np.float64]
@@ -212,18 +212,17 @@ class PromptModel:
         As SamAutomaticMaskGenerator of SAM's authors, without crops of the image.
         """
         automatic = automatic or Automatic()
+        return to_best(list(self.iter_found(embedding, automatic)), embedding.size, automatic)
+
+    def iter_found(self, embedding: Embedding, automatic: Automatic) -> Iterator[list[Found]]:
+        """What the grid finds, a batch of its points at a time; `to_best` makes of it what `everything` returns."""
         height, width = embedding.size
         features = self._to_features(embedding)
         axis = (np.arange(automatic.points_per_side) + 0.5) / automatic.points_per_side
         prompts = [Prompt(points=((x * width, y * height),), labels=(1,)) for y in axis for x in axis]
-        found = [_Found(np.zeros((0, 4)), [], np.zeros(0))]
         for start in range(0, len(prompts), automatic.batch):
             logits, scores = self._decode(features, prompts[start : start + automatic.batch], embedding.size)
-            found += self._iter_certain(logits.flatten(0, 1), scores.flatten(0, 1), embedding.size, automatic)
-        boxes, parts, known = zip(*found, strict=True)
-        rles, score = [encoded for part in parts for encoded in part], np.concatenate(known)
-        kept = nms(torch.from_numpy(np.concatenate(boxes)), torch.from_numpy(score), automatic.nms).tolist()
-        return _to_mask_set(embedding.size, [rles[i] for i in kept], score[kept])
+            yield list(self._iter_certain(logits.flatten(0, 1), scores.flatten(0, 1), embedding.size, automatic))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
@@ -314,7 +313,7 @@ class PromptModel:
 
     def _iter_certain(
         self, logits: Tensor, scores: Tensor, size: tuple[int, int], automatic: Automatic
-    ) -> Iterator[_Found]:
+    ) -> Iterator[Found]:
         """Of logits (N, h, w) and scores (N,) what is likely, steady and not empty, a few at a time."""
         if automatic.pred_iou:
             is_likely = scores > automatic.pred_iou
@@ -326,7 +325,7 @@ class PromptModel:
                 masks = np.stack([_without_specks(mask, automatic.min_region) for mask in masks])
             is_there = masks.any((1, 2))
             masks = masks[is_there]
-            yield _Found(_boxes(masks), rle.from_masks(masks), score[is_steady].cpu().numpy()[is_there])
+            yield Found(_boxes(masks), rle.from_masks(masks), score[is_steady].cpu().numpy()[is_there])
 
     def _iter_full(self, logits: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
         """Logits (N, h, w) at the image's (height, width), a few at a time: (n, H, W)."""
@@ -356,7 +355,12 @@ def _read_net(weights: str, family: Family, parts: frozenset[Part]) -> PreTraine
         values = values[family.section] if family.section else values
         config = kind.config_class.from_dict({**values, "model_type": kind.config_class.model_type})
         net, info = _without(kind, dropped).from_pretrained(
-            source(weights), config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+            source(weights),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     unread = sorted({*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])})
     if unread:
@@ -379,6 +383,15 @@ def _without(kind: type[PreTrainedModel], names: Sequence[str]) -> type[PreTrain
     # by its names transformers knows whether to rename the weights of larger models
     own = {"__init__": build, "__module__": kind.__module__, "_keys_to_ignore_on_load_unexpected": unused}
     return type(kind.__name__, (kind,), own)
+
+
+def to_best(found: Sequence[Sequence[Found]], size: tuple[int, int], automatic: Automatic) -> MaskSet:
+    """Of what was found in an image of a (height, width), each object once."""
+    none = Found(np.zeros((0, 4)), [], np.zeros(0))
+    boxes, parts, known = zip(none, *(one for some in found for one in some), strict=True)
+    rles, score = [encoded for part in parts for encoded in part], np.concatenate(known)
+    kept = nms(torch.from_numpy(np.concatenate(boxes)), torch.from_numpy(score), automatic.nms).tolist()
+    return _to_mask_set(size, [rles[i] for i in kept], score[kept])
 
 
 def _to_mask_set(size: tuple[int, int], rles: Sequence[bytes], scores: npt.NDArray[np.floating]) -> MaskSet:

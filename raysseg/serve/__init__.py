@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -86,9 +87,11 @@ def build_local_app(job: ServeJob) -> FastAPI:
         InputError: a bundle, weights or the token can't be had.
     """
     from raysseg.serve.api import build_api
-    from raysseg.serve.segment import Segmenter
+    from raysseg.serve.segment import Segmenter, find_bundle
 
     bundles = {name: served for name, served in job.models.items() if isinstance(served, ServedBundle)}
+    for served in bundles.values():
+        find_bundle(served.bundle)
     segmenting = {name: Segmenter(name, served, job.s3) for name, served in bundles.items()}
     prompting = {
         name: _prompt_here(name, served, job.s3)
@@ -123,5 +126,13 @@ def _serve_here(job: ServeJob) -> None:
     import uvicorn
 
     app = build_local_app(job)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    family = socket.AF_INET6 if ":" in job.http.host else socket.AF_INET
+    try:
+        listening = socket.create_server((job.http.host, job.http.port), family=family)
+    except OSError as error:
+        raise InputError(
+            f"http.port: {to_url(job)} can't be listened on ({error.strerror}); take another one"
+        ) from error
     logger.info("serve: %s at %s", ", ".join(job.models), to_url(job))
-    uvicorn.run(app, host=job.http.host, port=job.http.port, log_level="warning")
+    server.run(sockets=[listening])

@@ -176,8 +176,12 @@ def to_polygons(mask: npt.NDArray[np.bool_]) -> list[list[list[tuple[int, int]]]
     doubled = cv2.resize(mask.view(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     rings = [_to_ring((contour[:, 0] + 1) // 2) for contour in contours]
-    parents = tree[0, :, 3] if rings else np.empty(0)
-    return [[ring, *(rings[j] for j in np.flatnonzero(parents == i))] for i, ring in enumerate(rings) if parents[i] < 0]
+    parents = tree[0, :, 3].tolist() if rings else []
+    polygons = {i: [ring] for i, (ring, parent) in enumerate(zip(rings, parents, strict=True)) if parent < 0}
+    for ring, parent in zip(rings, parents, strict=True):
+        if parent >= 0:
+            polygons[parent].append(ring)
+    return list(polygons.values())
 
 
 def _to_ring(corners: npt.NDArray[np.int32]) -> list[tuple[int, int]]:

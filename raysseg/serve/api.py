@@ -9,12 +9,13 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
 
 from raysseg.hosting import Http
 from raysseg.schema import InputError, Prompt
@@ -72,7 +73,8 @@ def build_api(segmenting: Mapping[str, Segmenting], prompting: Mapping[str, Prom
     api = _Api(segmenting, prompting, http, counts)
     app = FastAPI(title="raysseg", version=version("raysseg"), description=openapi.DESCRIPTION)
     app.add_middleware(Watch, counts=counts, token=read_token(http))
-    app.add_exception_handler(InputError, answer_problem)
+    for kind in (InputError, HTTPException):
+        app.add_exception_handler(kind, answer_problem)
     add = app.add_api_route
     add("/v1/models", api.list_models, openapi_extra=openapi.MODELS)
     add("/v1/models/{name}", api.describe, openapi_extra=openapi.MODEL)
@@ -114,20 +116,16 @@ class _Api:
         """What an image shows."""
         endpoint = _known(name, self._segmenting, self._prompting)
         form = choose_form(request.headers.get("accept", ""), request.query_params.get("as"))
-        image, _ = await read_body(request, self._http)
-        if image is None:
-            raise Refusal(400, "there is no image; send a file `image`, or the image itself, or a `uri`")
-        return _respond(await endpoint.segment(image, form))
+        body = await read_body(request, self._http)
+        return _respond(await endpoint.segment(_needed(body.image), form))
 
     # --- prompted models ---
 
     async def upload(self, name: str, request: Request) -> Response:
         """Has an image looked at, for prompts that name it by its hash."""
         endpoint = _known(name, self._prompting, self._segmenting)
-        key, image, _ = _keyed(await read_body(request, self._http))
-        if image is None:
-            raise Refusal(400, "there is no image; send a file `image`, or the image itself, or a `uri`")
-        return _respond(await endpoint.upload(key, image), 201)
+        image = _needed((await read_body(request, self._http)).image)
+        return _respond(await endpoint.upload(_to_key(image), image), 201)
 
     async def prompt(self, name: str, request: Request) -> Response:
         """The masks that a prompt asks for, best first."""
@@ -164,10 +162,20 @@ def _known(name: str, of: Mapping[str, Endpoint], others: Mapping[str, object] |
     raise Refusal(404, f"there is no model {name!r}; allowed: {', '.join({**of, **(others or {})})}")
 
 
+def _needed(image: bytes | None) -> bytes:
+    if image is None:
+        raise Refusal(400, "there is no image; send a file `image`, or the image itself, or a `uri`")
+    return image
+
+
+def _to_key(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()
+
+
 def _keyed(body: Body) -> tuple[str, bytes | None, dict[str, Any]]:
     """The key of the image that a body holds or names; the image; the other keys."""
     if body.image is not None:
-        return hashlib.sha256(body.image).hexdigest(), body.image, body.keys
+        return _to_key(body.image), body.image, body.keys
     key = body.keys.get("image")
     if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
         raise Refusal(400, f"image: received {key!r}; allowed: the 64 hex digits that an upload has answered")
@@ -181,7 +189,7 @@ class _Mask(msgspec.Struct):
 class _PromptKeys(msgspec.Struct):
     """The keys of a prompt in JSON."""
 
-    points: list[tuple[float, float]] = []
+    points: Annotated[list[tuple[float, float]], msgspec.Meta(max_length=100)] = []
     labels: list[int] | None = None
     box: tuple[float, float, float, float] | None = None
     mask: _Mask | None = None

@@ -33,6 +33,11 @@ class Cache(Generic[Value]):
             self._values.move_to_end(key)
         return self._values.get(key)
 
+    def drop(self, key: str) -> None:
+        """Forgets a value."""
+        if key in self._values:
+            self._bytes -= self._size(self._values.pop(key))
+
     async def get(self, key: str, make: Callable[[], Awaitable[Value]]) -> Value:
         """The value; made if it is not there, once for all who ask meanwhile, whoever of them goes away."""
         if (value := self.find(key)) is not None:

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application as Application  # what this module builds
 from ray.serve.config import AutoscalingConfig, DeploymentActorConfig, HTTPOptions
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -42,8 +42,8 @@ from raysseg.serve.segment import Segmenter, find_bundle, read_card
 logger = logging.getLogger(__name__)
 
 _HEALTH_S = 2.0  # between two checks of a replica
-_TRIES = 3  # of a request whose replica dies
-_PAUSE_S = 0.5  # between two of them
+_LOOK_BACK_S = 5.0  # over which the load is averaged
+_TRIES = 2  # of a request whose replica dies: more, and one that kills replicas would kill many
 _CARD_S = 10.0  # for which a card is taken for true
 _STORE = "embeddings"
 _INGRESS = "_ingress"  # models' names begin otherwise
@@ -75,9 +75,15 @@ def deploy(job: ServeJob) -> None:
     timeout_s = seconds_of(job.http.timeout)
     options = HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s)
     serve.start(http_options=options, logging_config=_QUIET)
+    running = serve.context._get_global_client().http_config
+    if (running.host, running.port) != (job.http.host, job.http.port):
+        raise InputError(
+            f"http: Serve already listens at {running.host}:{running.port} on this cluster; take that, or end what it "
+            "serves (`serve shutdown`)"
+        )
     try:
         serve.run(to_application(job), name=job.name, route_prefix="/")
-    except RuntimeError as error:
+    except (RuntimeError, RayServeException) as error:
         raise InputError(f"{job.name} can't be deployed: {' '.join(_reasons(job.name)) or error}") from error
 
 
@@ -104,18 +110,16 @@ def to_application(job: ServeJob) -> Application:
     Raises:
         StorageError: a bundle is not there.
     """
+    job = _pinned(job)
+    surge = _surge_percent(job)
     models = []
     for name, served in job.models.items():
         if isinstance(served, ServedPrompt):
-            models += _prompt_deployments(name, served, job)
+            models += _prompt_deployments(name, served, job, surge)
         else:
-            find_bundle(served.bundle)  # replicas would take long to say that it is not there
-            options = {**_options(served), "user_config": {"bundle": served.bundle}}
-            models.append(
-                serve.deployment(SegmenterReplica)
-                .options(name=name, **options)
-                .bind(name, served, job.s3, _device(served))
-            )
+            options = {**_options(served, surge), "user_config": {"bundle": served.bundle}}
+            replicas = serve.deployment(SegmenterReplica).options(name=name, **options)
+            models.append(replicas.bind(name, served, job.s3, _device(served)))
     ingress = serve.deployment(serve.ingress(_api_builder(job))()).options(
         name=_INGRESS,
         num_replicas=job.http.replicas,
@@ -125,20 +129,52 @@ def to_application(job: ServeJob) -> Application:
         health_check_period_s=_HEALTH_S,
         max_surge_percent=100,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0},
     )
     return ingress.bind(*models)
 
 
-def _prompt_deployments(name: str, served: ServedPrompt, job: ServeJob) -> list[Application]:
-    encoder = serve.deployment(EncoderReplica).options(name=_encoder_name(name), **_options(served.encoder))
+def _pinned(job: ServeJob) -> ServeJob:
+    """A job whose models name bundles: else each replica would take what is best in a run when it starts.
+
+    Those that follow a run go on to name that; its bundle is looked for all the same, as replicas take long to say that
+    there is none.
+    """
+    models: dict[str, ServedBundle | ServedPrompt] = dict(job.models)
+    for name, served in job.models.items():
+        if isinstance(served, ServedBundle):
+            uri, _ = find_bundle(served.bundle)
+            models[name] = served if served.follow else served.model_copy(update={"bundle": uri})
+    return job.model_copy(update={"models": models})
+
+
+def _surge_percent(job: ServeJob) -> int:
+    """How many new replicas may stand beside old ones: all, or none where the cluster has no room for that."""
+    if not ray.is_initialized():
+        return 100
+    halves = [
+        half
+        for served in job.models.values()
+        for half in ((served.encoder, served.decoder) if isinstance(served, ServedPrompt) else (served,))
+    ]
+    there = ray.cluster_resources()
+    cpus = sum(max(1, half.bounds[0]) * half.cpus_per_replica for half in halves)
+    gpus = sum(max(1, half.bounds[0]) * _gpus(half) for half in halves)
+    if 2 * cpus <= there.get("CPU", 0) and 2 * gpus <= there.get("GPU", 0):
+        return 100
+    logger.info("serve: no room for old and new replicas at once; where they are replaced, requests wait for new ones")
+    return 0
+
+
+def _prompt_deployments(name: str, served: ServedPrompt, job: ServeJob, surge: int) -> list[Application]:
+    encoder = serve.deployment(EncoderReplica).options(name=_encoder_name(name), **_options(served.encoder, surge))
     keeper = DeploymentActorConfig(
         name=_STORE,
         actor_class=ray.remote(EmbeddingStore),
         init_kwargs={"encoder": _encoder_name(name), "max_bytes": served.cache_mib * 2**20},
         actor_options={"num_cpus": 0},
     )
-    options = {**_options(served.decoder), "deployment_actors": [keeper]}
+    options = {**_options(served.decoder, surge), "deployment_actors": [keeper]}
     prompter = serve.deployment(PrompterReplica).options(name=name, **options)
     return [
         encoder.bind(served, job.s3, _device(served.encoder)),
@@ -150,8 +186,8 @@ def _encoder_name(name: str) -> str:
     return f"_{name}-encoder"
 
 
-def _options(replicas: Replicas) -> dict[str, Any]:
-    """How Serve is to run a deployment; old replicas answer until new ones are ready."""
+def _options(replicas: Replicas, surge: int) -> dict[str, Any]:
+    """How Serve is to run a deployment."""
     least, most = replicas.bounds
     actor: dict[str, Any] = {"num_cpus": replicas.cpus_per_replica}
     if (gpus := _gpus(replicas)) > 0:
@@ -163,7 +199,7 @@ def _options(replicas: Replicas) -> dict[str, Any]:
         "health_check_period_s": _HEALTH_S,
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": 60,
-        "max_surge_percent": 100,
+        "max_surge_percent": surge,
         "logging_config": _QUIET,
         **({"num_replicas": least} if least == most else {"autoscaling_config": _autoscaling(replicas)}),
     }
@@ -175,6 +211,7 @@ def _autoscaling(replicas: Replicas) -> AutoscalingConfig:
         min_replicas=least,
         max_replicas=most,
         target_ongoing_requests=max(1, replicas.max_ongoing // 2),
+        look_back_period_s=_LOOK_BACK_S,
         upscale_delay_s=seconds_of(replicas.upscale_delay),
         downscale_delay_s=seconds_of(replicas.downscale_delay),
     )
@@ -225,14 +262,13 @@ async def _ask(handle: DeploymentHandle, method: str, *arguments: object) -> Any
         Refusal: too many are waiting already, or no replica is left.
         InputError: the user's mistake, as the replica tells it.
     """
-    for i in range(_TRIES):
+    for _ in range(_TRIES):
         try:
             result = await handle.call.remote(method, *arguments)
         except BackPressureError as error:
             raise Refusal(503, "too many requests are waiting; ask again in a moment", 1) from error
         except (ray.exceptions.RayActorError, DeploymentUnavailableError):
             logger.warning("a replica of %s died under a request", handle.deployment_name)
-            await asyncio.sleep(_PAUSE_S * i)
         else:
             if isinstance(result, InputError):
                 raise result
@@ -272,7 +308,12 @@ class RemoteSegmenter:
     async def card(self) -> dict[str, Any]:
         """From the bundle itself: no replica is woken for it."""
         if self._card is None or time.monotonic() - self._card[0] > _CARD_S:
-            self._card = time.monotonic(), await asyncio.to_thread(read_card, self._name, self._served)
+            try:
+                self._card = time.monotonic(), await asyncio.to_thread(read_card, self._name, self._served)
+            except storage.StorageError as error:
+                if self._card is None:
+                    logger.warning("the bundle of %s can't be read: %s", self._name, error)
+                    raise Refusal(503, f"the bundle of {self._name} can't be read; ask again later", 10) from error
         return self._card[1]
 
     async def segment(self, image: bytes, form: Form) -> Answer:
@@ -335,6 +376,11 @@ class EmbeddingStore(_Replica):
         """
         return [(await self._cache.get(key, lambda: self._make(image)))[0]]
 
+    async def forget(self, key: str) -> list[ray.ObjectRef]:
+        """Makes room for one whose object was lost."""
+        self._cache.drop(key)
+        return []
+
     async def num_made(self) -> int:
         """How many embeddings the encoder has made."""
         return self._cache.num_made
@@ -357,16 +403,27 @@ class StoredEmbeddings:
 
     async def get(self, key: str, image: bytes) -> Embedding:
         """The same, made where it is missing."""
-        (reference,) = await self._call("get", key, image)
-        embedding: Embedding = await reference
-        return embedding
+        for _ in range(_TRIES):
+            (reference,) = await self._call("get", key, image)
+            try:
+                embedding: Embedding = await reference
+            except ray.exceptions.ObjectLostError:
+                await self._call("forget", key)
+            else:
+                return embedding
+        raise Refusal(503, "the embedding was lost; ask again in a moment", 5)
 
     async def _call(self, method: str, *arguments: object) -> list[ray.ObjectRef]:
-        for i in range(_TRIES):
+        for pause_s in (1, 3, 5):
             try:
-                found = await serve.get_deployment_actor(_STORE).call.remote(method, *arguments)
-            except (ray.exceptions.RayActorError, ValueError):  # it is being replaced, or not there yet
-                await asyncio.sleep(2 * i + 1)
+                store = serve.get_deployment_actor(_STORE)
+            except ValueError:  # it is being replaced
+                await asyncio.sleep(pause_s)
+                continue
+            try:
+                found = await store.call.remote(method, *arguments)
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(pause_s)
             else:
                 if isinstance(found, InputError):
                     raise found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 import httpx
 
@@ -23,17 +24,23 @@ async def fetch(uri: str, http: Http) -> bytes:
     Raises:
         Refusal: it is not allowed, can't be had, or too large.
     """
-    parts = urlsplit(uri)
-    if ".." in parts.path.split("/") or not uri.startswith(http.fetch):
+    is_web = uri.startswith("https://")
+    if not uri.startswith(http.fetch) or _is_devious(uri) or (not is_web and re.search("[?#]", uri)):
         allowed = ", ".join(http.fetch) if http.fetch else "none here; send the image itself"
         raise Refusal(403, f"uri: {uri!r} is not allowed; allowed beginnings: {allowed}")
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            return await (_fetch_web if parts.scheme == "https" else _fetch_stored)(uri, http)
-    except (httpx.HTTPError, storage.StorageError, OSError, TimeoutError) as error:
+            return await (_fetch_web if is_web else _fetch_stored)(uri, http)
+    except (httpx.HTTPError, httpx.InvalidURL, storage.StorageError, OSError, TimeoutError, UnicodeError) as error:
         raise Refusal(
             422, f"uri: {uri!r} can't be had ({type(error).__name__}); check it, or send the image"
         ) from error
+
+
+def _is_devious(uri: str) -> bool:
+    """Whether a URI may mean something above what it begins with."""
+    plain = unquote(uri)
+    return not plain.isprintable() or "\\" in plain or ".." in re.split("[/?#]", plain)
 
 
 async def _fetch_stored(uri: str, http: Http) -> bytes:
@@ -51,15 +58,16 @@ async def _fetch_web(uri: str, http: Http) -> bytes:
     """Over a connection to the very address that was looked at: a name may mean another one a moment later."""
     url = httpx.URL(uri)
     address = await _public_address(url.host, url.port or 443)
-    request = httpx.Request(
-        "GET", url.copy_with(host=address), headers={"Host": url.netloc.decode()}, extensions={"sni_hostname": url.host}
-    )
+    headers = {"Host": url.netloc.decode(), "Accept-Encoding": "identity"}
+    names = {"sni_hostname": url.host}
+    request = httpx.Request("GET", url.copy_with(host=address), headers=headers, extensions=names)
     data = bytearray()
     async with httpx.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
         answer = await client.send(request, stream=True)
-        if answer.status_code != 200:
-            raise Refusal(422, f"uri: {uri!r} answers {answer.status_code}; allowed: 200, without redirection")
-        async for chunk in answer.aiter_bytes():
+        if answer.status_code != 200 or "content-encoding" in answer.headers:
+            reason = f"answers {answer.status_code}; allowed: 200, without redirection or content encoding"
+            raise Refusal(422, f"uri: {uri!r} {reason}")
+        async for chunk in answer.aiter_raw():
             data += chunk
             _check_size(len(data), http)
     return bytes(data)

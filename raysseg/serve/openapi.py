@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 DESCRIPTION = (
     "Segments images with trained models, and by prompts. Images are JPEG, PNG, TIFF or WebP. "
     "Errors are `application/problem+json`; their `detail` says what to mend."
 )
-
-TITLES = {
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    406: "Not Acceptable",
-    413: "Content Too Large",
-    415: "Unsupported Media Type",
-    422: "Unprocessable Content",
-    500: "Internal Server Error",
-    503: "Service Unavailable",
-    504: "Gateway Timeout",
-}
 
 _KEY = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 _RLE = {"size": [192, 256], "counts": "Ph02m500O1O1N2O1O1O1N2"}
@@ -40,7 +27,7 @@ _SIZE = {"height": 192, "width": 256}
 
 def _responses(example: object, *statuses: int, status: int = 200) -> dict[str, Any]:
     done = {"description": "Done", "content": {"application/json": {"example": example}}}
-    problems = {str(code): {"description": TITLES[code]} for code in statuses}
+    problems = {str(code): {"description": HTTPStatus(code).phrase} for code in statuses}
     return {str(status): done, **problems}
 
 

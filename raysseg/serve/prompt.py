@@ -17,7 +17,7 @@ from raysseg.catalogue import PROMPT_MODELS
 from raysseg.config import S3, ServedPrompt
 from raysseg.data.decode import Pixels, decode_image
 from raysseg.masks import MaskSet
-from raysseg.models.sam import Embedding, Part, PromptModel
+from raysseg.models.sam import Automatic, Embedding, Part, PromptModel, to_best
 from raysseg.runtime import log_to_stderr
 from raysseg.schema import Prompt
 from raysseg.serve.answers import MEDIA_TYPES, Answer, to_json, to_mask_entry
@@ -98,7 +98,11 @@ class Prompter:
     async def everything(self, key: str, image: bytes | None) -> Answer:
         """Masks of all that is in the image; raises as `prompt` does."""
         embedding = await self._find(key, image)
-        return self._to_answer(await self._thread.run(self._model.everything, embedding))
+        automatic = Automatic(points_per_side=self._served.points_per_side)
+        found, steps = [], self._model.iter_found(embedding, automatic)
+        while (step := await self._thread.run(next, steps, None)) is not None:  # prompts come in between
+            found.append(step)
+        return self._to_answer(await asyncio.to_thread(to_best, found, embedding.size, automatic))
 
     async def check_health(self) -> None:
         """Runs the model on the image that was prompted last, unless that is idle talk; raises where it can't."""

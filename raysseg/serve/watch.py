@@ -8,17 +8,18 @@ import os
 import re
 import time
 from collections.abc import Collection, Mapping
+from http import HTTPStatus
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raysseg.hosting import Http
 from raysseg.schema import InputError
-from raysseg.serve.openapi import TITLES
 from raysseg.serve.refusal import Refusal
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+_OPEN = ("/playground/", "/healthz", "/docs", "/redoc", "/openapi.json")  # the page asks for the token itself
+_CLIENT_LEFT = 499  # nginx' number
 _FOREIGN = ("/docs", "/redoc")  # whose pages load their parts from elsewhere
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -66,7 +69,7 @@ class Watch:
     Args:
         app: what answers.
         counts: where requests are counted.
-        token: that requests below /v1 have to bear; None: none.
+        token: that requests have to bear, but for the page and the description of the interface; None: none.
     """
 
     def __init__(self, app: ASGIApp, counts: Counts, token: str | None) -> None:
@@ -77,7 +80,8 @@ class Watch:
         """See ASGI."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        began, path, status = time.perf_counter(), scope["path"], 0
+        began, status = time.perf_counter(), 0
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # of the application, wherever that is mounted
 
         async def pass_on(message: Message) -> None:
             nonlocal status
@@ -87,12 +91,14 @@ class Watch:
                     MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        if path.startswith("/v1/") and not self._is_allowed(scope):
+        if not path.startswith(_OPEN) and path != "/" and not self._is_allowed(scope):
             refusal = Refusal(401, "the bearer token is missing or wrong; send `Authorization: Bearer TOKEN`")
             await to_problem(refusal)(scope, receive, pass_on)
         else:
             try:
                 await self._app(scope, receive, pass_on)
+            except ClientDisconnect:
+                status = status or _CLIENT_LEFT
             except Exception:
                 logger.exception("%s %s failed", scope["method"], path)
                 if status == 0:
@@ -115,13 +121,15 @@ def to_problem(error: InputError) -> Response:
 
 
 async def answer_problem(_: Request, error: Exception) -> Response:
-    """`to_problem`, as FastAPI's handlers of exceptions are called."""
+    """`to_problem`, as FastAPI's handlers of exceptions are called; what Starlette refuses likewise."""
+    if isinstance(error, HTTPException):
+        return _problem(error.status_code, error.detail, error.headers)
     assert isinstance(error, InputError)
     return to_problem(error)
 
 
 def _problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    body = msgspec.json.encode({"title": TITLES.get(status, "Error"), "status": status, "detail": detail})
+    body = msgspec.json.encode({"title": HTTPStatus(status).phrase, "status": status, "detail": detail})
     return Response(body, status, headers, media_type="application/problem+json")
 
 
@@ -133,9 +141,14 @@ def read_token(http: Http) -> str | None:
     """
     if http.token_variable is None:
         return None
-    if not (token := os.environ.get(http.token_variable)):
+    token = os.environ.get(http.token_variable, "").strip()  # files of secrets often end in a new line
+    if not token:
         raise InputError(
             f"http.token_variable: the environment variable {http.token_variable} is not set where requests come in; "
             "set it there, or leave this key out"
+        )
+    if not (token.isascii() and token.isprintable()):
+        raise InputError(
+            f"http.token_variable: what {http.token_variable} holds can't be a header; allowed: printable ASCII"
         )
     return token

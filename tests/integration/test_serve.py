@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import uvicorn
@@ -187,10 +188,12 @@ BAD_IMAGES = {
     "HTML": (b"<!doctype html><script>", 415, "allowed: JPEG, PNG"),
     "pickle": (b"\x80\x04\x95\x0c\x00\x00\x00", 415, "of no kind that is taken"),
     "GIF": (png(RGB, "GIF", **ANOTHER), 415, "no kind"),
-    "animated WebP": (png(RGB, "WEBP", **ANOTHER), 415, "holds 2 pages"),
-    "pages": (png(RGB, "TIFF", **ANOTHER), 415, "2 pages"),
+    "animated WebP": (png(RGB, "WEBP", **ANOTHER), 415, "several pages"),
+    "pages": (png(RGB, "TIFF", **ANOTHER), 415, "several pages"),
     "CMYK": (png(Image.fromarray(RGB).convert("CMYK"), "JPEG"), 415, "mode CMYK"),
     "16 bit": (png(np.zeros((40, 50), np.uint16)), 415, "mode I;16"),
+    "16 bit RGB": (cv2.imencode(".png", np.zeros((40, 50, 3), np.uint16))[1].tobytes(), 415, "RGB, 16 bits"),
+    "16 bit RGB TIFF": (cv2.imencode(".tif", np.zeros((40, 50, 3), np.uint16))[1].tobytes(), 415, "RGB, 16 bits"),
     "float": (png(np.zeros((40, 50), np.float32), "TIFF"), 415, "mode F"),
     "1x1": (png(RGB[:1, :1]), 422, "is 1x1; allowed: sides from 8"),
     "a line": (png(RGB[:1]), 422, "is 50x1"),
@@ -199,6 +202,7 @@ BAD_IMAGES = {
     "truncated PNG": (png(RGB)[:-200], 422, "truncated"),
     "truncated JPEG": (png(RGB, "JPEG")[:-200], 422, "can't be decoded"),
     "truncated head": (png(RGB)[:20], 415, ""),
+    "scans": (png(RGB, "JPEG", progressive=True)[:-2] + b"\xff\xda" * 200 + b"\xff\xd9", 415, "more than 100 scans"),
     "damaged": (png(RGB)[:100] + b"\0" * 400 + png(RGB)[500:], 422, "can't be"),
 }
 
@@ -216,6 +220,7 @@ def test_what_is_no_image_that_is_taken(client: TestClient, photo: bytes, name: 
     assert client.post(url, files={"image": ("a.png", photo)}).status_code in (200, 201)
 
 
+PROMPT_PART = b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n+2AA-\r\n--x--\r\n'
 TEXT_PART = b'--x\r\ncontent-disposition: form-data; name="image"\r\n\r\nabc\r\n--x--\r\n'
 
 
@@ -224,6 +229,9 @@ TEXT_PART = b'--x\r\ncontent-disposition: form-data; name="image"\r\n\r\nabc\r\n
     [
         (b"{", "application/json", 400, "can't be read"),
         (b"[1]", "application/json", 400, "send one object"),
+        (b'{"a":' + b"[" * 100_000, "application/json", 400, "can't be read"),
+        (b'{"uri": "https://["}', "application/json", 403, "not allowed"),
+        (b"{" + b" " * 2**21 + b"}", "application/json", 413, "too large"),
         (b"{}", "application/json", 400, "there is no image"),
         (b'{"uri": "https://example.org/a.png"}', "application/json", 403, "none here"),
         (b'{"uri": "file:///etc/passwd"}', "application/json", 403, "not allowed"),
@@ -232,6 +240,8 @@ TEXT_PART = b'--x\r\ncontent-disposition: form-data; name="image"\r\n\r\nabc\r\n
         (b"abc", "multipart/form-data", 400, "multipart body"),
         (b"abc", "multipart/form-data; boundary=x", 400, ""),
         (TEXT_PART, "multipart/form-data; boundary=x", 400, "is text"),
+        (TEXT_PART, "multipart/form-data; boundary=x; charset=undefined", 400, "can't be read"),
+        (PROMPT_PART, "multipart/form-data; boundary=x; charset=utf-7", 400, "can't be read"),
     ],
 )
 def test_what_is_no_body(client: TestClient, content: bytes, kind: str, status: int, reason: str) -> None:
@@ -248,7 +258,9 @@ def test_wrong_turns(client: TestClient, photo: bytes) -> None:
     assert "no such action" in client.post("/v1/models/semantic/prompt", files=files).json()["detail"]
     assert client.post("/v1/models/semantic/segment", files=files, headers={"accept": "text/html"}).status_code == 406
     assert client.post("/v1/models/semantic/segment?as=svg", files=files).status_code == 400
-    assert client.get("/v1/models/semantic/segment").status_code == 405
+    for answer in (client.get("/v1/models/semantic/segment"), client.get("/v1/nix")):
+        assert answer.status_code in (404, 405)
+        assert answer.headers["content-type"] == "application/problem+json"
 
 
 def test_limits_of_bytes(bundles: dict[Task, str], photo: bytes) -> None:
@@ -284,18 +296,27 @@ def test_the_token(bundles: dict[Task, str], photo: bytes, monkeypatch: pytest.M
     with pytest.raises(InputError, match="SERVE_TOKEN is not set"):
         build_local_app(job)
     monkeypatch.setenv("SERVE_TOKEN", "sésame")
+    with pytest.raises(InputError, match="printable ASCII"):
+        build_local_app(job)
+    monkeypatch.setenv("SERVE_TOKEN", "sesame\n")
     with TestClient(build_local_app(job)) as client:
-        for header in (None, "Bearer sesame", "sésame", "Basic sésame"):
+        for header in (None, "Bearer open", "sesame", "Basic sesame", "Bearer sésame", "Bearer sesame "):
             headers = {"authorization": header.encode()} if header else {}
             answer = client.get("/v1/models", headers=headers)  # type: ignore[arg-type]
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
-        allowed = {"authorization": "Bearer sésame".encode()}
-        assert client.get("/v1/models", headers=allowed).status_code == 200  # type: ignore[arg-type]
+        allowed = {"authorization": "Bearer sesame"}
+        assert client.get("/v1/models", headers=allowed).status_code == 200
+        for path in ("/metrics", "/v1", "//v1/models", "/V1/models", "/nix"):
+            assert client.get(path).status_code == 401
         files = {"image": ("a", photo)}
         assert client.post("/v1/models/a/segment", files=files).status_code == 401
         assert client.get("/healthz").status_code == 200
         assert client.get("/").status_code == 200
+    with TestClient(build_local_app(job), root_path="/street") as client:  # behind a prefix, as Serve mounts it
+        assert client.get("/street/v1/models").status_code == 401
+        assert client.get("/street/v1/models", headers=allowed).status_code == 200
+        assert client.get("/street/healthz").status_code == 200
 
 
 def test_images_on_s3(bundles: dict[Task, str], photo: bytes, s3_bucket: str) -> None:
@@ -311,8 +332,10 @@ def test_images_on_s3(bundles: dict[Task, str], photo: bytes, s3_bucket: str) ->
             ask(f"{s3_bucket}/images/a.png").content
             == client.post("/v1/models/a/segment", files={"image": ("a", photo)}).content
         )
-        for uri in (f"{s3_bucket}/secret/a.png", f"{s3_bucket}/images/../secret/a.png", "s3://other/a.png"):
-            assert ask(uri).status_code == 403
+        paths = ("secret/a.png", "images/../secret/a.png", "images/x?/../../secret/a.png", "images/x#/../secret/a.png")
+        odd = ("images/%2e%2e/secret/a.png", "images/..\\secret\\a.png", "images/a.png?", "images/\na.png")
+        for uri in (*(f"{s3_bucket}/{path}" for path in (*paths, *odd)), "s3://other/a.png"):
+            assert ask(uri).status_code == 403, uri
         missing = ask(f"{s3_bucket}/images/b.png")
         assert missing.status_code == 422
         assert "can't be had" in missing.json()["detail"]
@@ -338,6 +361,7 @@ def web(tmp_path_factory: pytest.TempPathFactory, photo: bytes) -> Iterator[tupl
     (folder / "key.pem").write_bytes(key.private_bytes(pem, *plain))
     app = FastAPI()
     app.add_api_route("/a.png", lambda: Response(photo, media_type="image/png"))
+    app.add_api_route("/packed", lambda: Response(b"", headers={"Content-Encoding": "gzip, gzip"}))
     app.add_api_route("/large", lambda: Response(b"\0" * 2**20))
     app.add_api_route("/away", lambda: Response(status_code=302, headers={"Location": "https://169.254.169.254/"}))
     files = {"ssl_certfile": str(folder / "cert.pem"), "ssl_keyfile": str(folder / "key.pem")}
@@ -376,6 +400,9 @@ def test_images_on_the_web(
         assert ask(f"https://images.test:{port}/a.png").status_code == 200  # by name in TLS, by address on the wire
         assert ask(f"https://images.test:{port}/large").status_code == 413
         assert "without redirection" in ask(f"https://images.test:{port}/away").json()["detail"]
+        assert "content encoding" in ask(f"https://images.test:{port}/packed").json()["detail"]
+        for uri in ("https://h:x/", "https://a..b/", f"https://{'a' * 64}.com/", "https://xn--/", "https://[v1.a]/"):
+            assert ask(uri).status_code in (403, 422), uri
         assert ask(f"https://images.test:{port}/nix").status_code == 422
         monkeypatch.setattr("certifi.where", lambda: ssl.get_default_verify_paths().openssl_cafile)
         assert "ConnectError" in ask(f"https://images.test:{port}/a.png").json()["detail"]  # nobody vouches for it
@@ -440,7 +467,9 @@ def test_prompts_name_an_image_by_its_hash(client: TestClient, photo: bytes) -> 
         ({"points": [[1]]}, 400, "length 2"),
         ({"points": "here"}, 400, "Expected `array`"),
         ({"box": [5, 5, 5, 5]}, 422, "no area"),
-        ({"mask": {"size": [1, 1], "counts": "x"}}, 422, ""),
+        ({"mask": {"size": [1, 1], "counts": "x"}}, 422, "prompt.mask"),
+        ({"mask": {"counts": "PPPPPPPPPPPP4" * 3 + "0`nQPPPPPPPPPL"}}, 422, "prompt.mask"),
+        ({"points": [[1, 1]] * 101}, 400, "length <= 100"),
         ({"image": "nix"}, 400, "64 hex digits"),
         ({"image": "0" * 64, "points": [[1, 1]]}, 404, "upload it again"),
     ]:

@@ -82,6 +82,8 @@ def test_masks_encoded_together_are_encoded_alike() -> None:
         (b"\x01", "can't be decoded"),
         (encode(np.ones((3, 4))), r"RLE of 12 pixels, but its image has 30x20 \(width x height\)"),
         (encode(np.ones((50, 40))), "RLE of 2000 pixels"),
+        (b"PPPPPPPPPPPP4" * 2, "a number that no image has"),  # 2**62: their sum would wrap
+        (b"PPPPPP1" * 3, "RLE of 3221225472 pixels"),
     ],
 )
 def test_bad_rle_is_refused_before_it_is_decoded(data: bytes, message: str) -> None:

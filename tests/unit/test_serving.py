@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Sequence
@@ -11,12 +12,17 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from raysseg.config import JobError, ServeJob, compose
+from raysseg.data.decode import decode_image
+from raysseg.hosting import Http
+from raysseg.schema import InputError
 from raysseg.serve import fetch
 from raysseg.serve.answers import choose_form, to_polygons
 from raysseg.serve.batcher import Batcher
 from raysseg.serve.cache import Cache
+from raysseg.serve.intake import check_image
 from raysseg.serve.refusal import Refusal
 from raysseg.serve.thread import ModelThread
 
@@ -214,6 +220,25 @@ def test_forms_of_answers() -> None:
     assert refused.value.status == 406
     with pytest.raises(Refusal, match="allowed: json, ids"):
         choose_form("", "svg")
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about damaged tags
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_damaged_files_raise_what_can_be_mended(kind: str) -> None:
+    rng, http, sink = np.random.default_rng(0), Http(), io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (32, 40, 3), np.uint8)).save(sink, kind, exif=Image.Exif())
+    whole = np.frombuffer(sink.getvalue(), np.uint8)
+    num_refused = 0
+    for _ in range(1500):
+        damaged = whole.copy()
+        places = rng.integers(0, min(len(whole), 400) if rng.random() < 0.7 else len(whole), rng.integers(1, 6))
+        damaged[places] = rng.integers(0, 256, len(places))
+        try:
+            check_image(damaged.tobytes(), http)
+            decode_image(damaged.tobytes())
+        except InputError:
+            num_refused += 1
+    assert num_refused > 100
 
 
 @pytest.mark.parametrize(
