@@ -359,3 +359,11 @@ def test_names_are_documented() -> None:
     for name, weights in PROMPT_MODELS.items():
         assert f"`{name}`" in page
         assert f"`{weights}`" in page
+
+
+def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
+    write_tiny_sam(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="safetensors"):
+        PromptModel(str(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -191,6 +192,17 @@ def test_deaths_and_another_bundle_fail_no_request(
 def test_a_bundle_that_is_not_there(models: dict[str, str], port: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bundle.json"):
         build_app(job_of({**models, "none": str(tmp_path)}, "none", port))
+
+
+def test_replicas_of_a_run_that_is_not_followed_stay_with_one_bundle(models: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(models["first"], run / "bundles/00000001")
+    (run / "best.json").write_text(json.dumps({"bundle": "bundles/00000001"}))
+    for follow, expected in ((None, run / "bundles/00000001"), ("1 minute", run)):
+        served = {"bundle": str(run), "follow": follow}
+        application = build_app({"name": "x", "models": {"a": served}})
+        (segmenter,) = application._bound_deployment.init_args
+        assert segmenter._bound_deployment._deployment_config.user_config == {"bundle": str(expected)}
 
 
 def test_an_application_from_its_arguments(models: dict[str, str]) -> None:
