@@ -71,6 +71,7 @@ def deploy(job: ServeJob) -> None:
     Raises:
         InputError: it can't be deployed; the message is the replicas'.
     """
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray that is started here: requests give way to nothing
     connect()
     timeout_s = seconds_of(job.http.timeout)
     options = HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s)
