@@ -21,31 +21,29 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application as Application  # what this module builds
 from ray.serve.config import AutoscalingConfig, DeploymentActorConfig, HTTPOptions
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from raysseg import storage
 from raysseg.config import ServedBundle, ServedPrompt, ServeJob
 from raysseg.hosting import Replicas
-from raysseg.models.sam import Embedding
 from raysseg.runtime import connect, log_to_stderr
 from raysseg.schema import InputError, Prompt
 from raysseg.section import seconds_of
 from raysseg.serve.answers import Answer, Form
 from raysseg.serve.api import build_api
-from raysseg.serve.cache import Cache
+from raysseg.serve.embeddings import STORE, EmbeddingStore, StoredEmbeddings
 from raysseg.serve.prompt import Encoder, Prompter, to_card
 from raysseg.serve.refusal import Refusal
+from raysseg.serve.replica import Replica, ask
 from raysseg.serve.segment import Segmenter, find_bundle, read_card
 
 logger = logging.getLogger(__name__)
 
 _HEALTH_S = 2.0  # between two checks of a replica
 _LOOK_BACK_S = 5.0  # over which the load is averaged
-_TRIES = 2  # of a request whose replica dies: more, and one that kills replicas would kill many
 _CARD_S = 10.0  # for which a card is taken for true
-_STORE = "embeddings"
 _INGRESS = "_ingress"  # models' names begin otherwise
 _INGRESS_ONGOING = 512  # requests that one process takes in at a time
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # requests are counted instead, see /metrics
@@ -170,7 +168,7 @@ def _surge_percent(job: ServeJob) -> int:
 def _prompt_deployments(name: str, served: ServedPrompt, job: ServeJob, surge: int) -> list[Application]:
     encoder = serve.deployment(EncoderReplica).options(name=_encoder_name(name), **_options(served.encoder, surge))
     keeper = DeploymentActorConfig(
-        name=_STORE,
+        name=STORE,
         actor_class=ray.remote(EmbeddingStore),
         init_kwargs={"encoder": _encoder_name(name), "max_bytes": served.cache_mib * 2**20},
         actor_options={"num_cpus": 0},
@@ -233,48 +231,16 @@ def _device(replicas: Replicas) -> str | None:
 # --- replicas -----------------------------------------------------------------------------------------------------
 
 
-class _Replica:
-    """Hands over a user's mistake as a value: an error that is raised here would fill the log as a bug does."""
-
-    async def call(self, method: str, *arguments: object) -> object:
-        """What a method returns, or the InputError that it raises."""
-        try:
-            return await getattr(self, method)(*arguments)
-        except InputError as error:
-            return error
-
-
-class SegmenterReplica(_Replica, Segmenter):
+class SegmenterReplica(Replica, Segmenter):
     """A replica of a model that segments."""
 
 
-class EncoderReplica(_Replica, Encoder):
+class EncoderReplica(Replica, Encoder):
     """A replica of what looks at images."""
 
 
-class PrompterReplica(_Replica, Prompter):
+class PrompterReplica(Replica, Prompter):
     """A replica of what answers prompts."""
-
-
-async def _ask(handle: DeploymentHandle, method: str, *arguments: object) -> Any:
-    """Calls a method of a replica; another one's where that dies.
-
-    Raises:
-        Refusal: too many are waiting already, or no replica is left.
-        InputError: the user's mistake, as the replica tells it.
-    """
-    for _ in range(_TRIES):
-        try:
-            result = await handle.call.remote(method, *arguments)
-        except BackPressureError as error:
-            raise Refusal(503, "too many requests are waiting; ask again in a moment", 1) from error
-        except (ray.exceptions.RayActorError, DeploymentUnavailableError):
-            logger.warning("a replica of %s died under a request", handle.deployment_name)
-        else:
-            if isinstance(result, InputError):
-                raise result
-            return result
-    raise Refusal(503, "no replica could answer; ask again in a moment", 5)
 
 
 # --- the ingress --------------------------------------------------------------------------------------------------
@@ -319,7 +285,7 @@ class RemoteSegmenter:
 
     async def segment(self, image: bytes, form: Form) -> Answer:
         """See Segmenter."""
-        answer: Answer = await _ask(self._handle, "segment", image, form)
+        answer: Answer = await ask(self._handle, "segment", image, form)
         return answer
 
 
@@ -335,99 +301,15 @@ class RemotePrompter:
 
     async def upload(self, key: str, image: bytes) -> Answer:
         """See Prompter."""
-        answer: Answer = await _ask(self._handle, "upload", key, image)
+        answer: Answer = await ask(self._handle, "upload", key, image)
         return answer
 
     async def prompt(self, key: str, image: bytes | None, prompt: Prompt) -> Answer:
         """See Prompter."""
-        answer: Answer = await _ask(self._handle, "prompt", key, image, prompt)
+        answer: Answer = await ask(self._handle, "prompt", key, image, prompt)
         return answer
 
     async def everything(self, key: str, image: bytes | None) -> Answer:
         """See Prompter."""
-        answer: Answer = await _ask(self._handle, "everything", key, image)
+        answer: Answer = await ask(self._handle, "everything", key, image)
         return answer
-
-
-# --- embeddings ---------------------------------------------------------------------------------------------------
-
-
-class EmbeddingStore(_Replica):
-    """The actor that owns what an encoder has made: Ray's objects die with whoever put them.
-
-    Args:
-        encoder: name of the deployment.
-        max_bytes: of what is kept.
-    """
-
-    def __init__(self, encoder: str, max_bytes: int) -> None:
-        self._encoder = encoder
-        self._cache: Cache[tuple[ray.ObjectRef, int]] = Cache(lambda entry: entry[1], max_bytes)
-
-    async def find(self, key: str) -> list[ray.ObjectRef]:
-        """A list of the embedding's reference; empty where it is not there, or no more."""
-        found = self._cache.find(key)
-        return [found[0]] if found else []
-
-    async def get(self, key: str, image: bytes) -> list[ray.ObjectRef]:
-        """The same, made where it is missing; once, however many ask for it.
-
-        Raises:
-            InputError: the image can't be decoded.
-        """
-        return [(await self._cache.get(key, lambda: self._make(image)))[0]]
-
-    async def forget(self, key: str) -> list[ray.ObjectRef]:
-        """Makes room for one whose object was lost."""
-        self._cache.drop(key)
-        return []
-
-    async def num_made(self) -> int:
-        """How many embeddings the encoder has made."""
-        return self._cache.num_made
-
-    async def _make(self, image: bytes) -> tuple[ray.ObjectRef, int]:
-        handle = serve.get_deployment_handle(self._encoder, serve.get_deployment_actor_context().app_name)
-        embedding: Embedding = await _ask(handle, "embed", image)
-        return ray.put(embedding), embedding.nbytes
-
-
-class StoredEmbeddings:
-    """The embeddings of that actor, as replicas see them."""
-
-    async def find(self, key: str) -> Embedding | None:
-        """By the key of an image."""
-        try:
-            return await found[0] if (found := await self._call("find", key)) else None
-        except ray.exceptions.ObjectLostError:  # its owner has died since
-            return None
-
-    async def get(self, key: str, image: bytes) -> Embedding:
-        """The same, made where it is missing."""
-        for _ in range(_TRIES):
-            (reference,) = await self._call("get", key, image)
-            try:
-                embedding: Embedding = await reference
-            except ray.exceptions.ObjectLostError:
-                await self._call("forget", key)
-            else:
-                return embedding
-        raise Refusal(503, "the embedding was lost; ask again in a moment", 5)
-
-    async def _call(self, method: str, *arguments: object) -> list[ray.ObjectRef]:
-        for pause_s in (1, 3, 5):
-            try:
-                store = serve.get_deployment_actor(_STORE)
-            except ValueError:  # it is being replaced
-                await asyncio.sleep(pause_s)
-                continue
-            try:
-                found = await store.call.remote(method, *arguments)
-            except ray.exceptions.RayActorError:
-                await asyncio.sleep(pause_s)
-            else:
-                if isinstance(found, InputError):
-                    raise found
-                references: list[ray.ObjectRef] = found
-                return references
-        raise Refusal(503, "the embeddings can't be reached; ask again in a moment", 5)
