@@ -3,8 +3,8 @@
 Parts:
     throughput  requests/s and latency by the number of clients, against FastAPI without batches and, where it is
                 installed (`pip install litserve`; it is no dependency), LitServe with them. All decode, predict and
-                encode by the same code, with the same number of torch's threads; fastapi-threads runs the model many
-                times at once, and so on all cores, whereas the others run it in one thread.
+                encode by the same code, with the same number of torch's threads. Two replicas and fastapi-threads run
+                the model twice and many times at once, and so on more cores; the others run it in one thread.
     hops        what each step of a request costs, from the Predictor alone to the whole path.
     bytes       an answer's size in each form, for ground truth, against the mask as a JSON array of numbers.
     scaling     from one replica to two under load, and back.
@@ -89,9 +89,10 @@ def measure_throughput(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 def iter_sides(bundle: str, folder: Path) -> Iterator[tuple[str, Side]]:
     """The servers, in turn."""
-    port = free_port()
-    command = ours_command(serve_job(bundle, port), folder / "serve.json")
-    yield "raysseg", (segment_url(port), partial(running, command, health(port, "z"), folder / "raysseg.log"))
+    for name, replicas in (("raysseg", 1), ("raysseg, 2 replicas", 2)):
+        port = free_port()
+        command = ours_command(serve_job(bundle, port, {"replicas": replicas}), folder / "serve.json")
+        yield name, (segment_url(port), partial(running, command, health(port, "z"), folder / "raysseg.log"))
     for peer in ("fastapi", "fastapi-threads", "litserve"):
         if peer == "litserve" and importlib.util.find_spec("litserve") is None:
             print("litserve is not installed, and left out")
