@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysseg.schema import InputError, RunStopped
+from raysseg.schema import InputError, JobEnded, RunStopped
 
 if TYPE_CHECKING:
     from raysseg.config import Job
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStopped as stop:
         print(f"raysseg: stopped: {stop.message}", file=sys.stderr)
         return 128 + stop.signal
+    except JobEnded as ended:
+        print(f"raysseg: {ended.message}", file=sys.stderr)
+        return ended.exit_code
     except KeyboardInterrupt:
         print("raysseg: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -67,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument("--to", metavar="FORMAT", help="output.format: shards, masks, coco or coco_panoptic")
         if verb == "inspect":
             part.add_argument("--write-job", metavar="PATH", help="write a train job that follows the advice")
+    _add_submit(verbs.add_parser("submit", help="run any job file on a Ray cluster, and follow it to its end"))
     example = verbs.add_parser("example", help="draw the example data set, for all three tasks")
     example.add_argument("out", type=Path, help="folder to write")
     example.add_argument("--train", type=int, default=160, help="training scenes (default: %(default)s)")
@@ -77,6 +82,25 @@ def _parser() -> argparse.ArgumentParser:
     schema = verbs.add_parser("schema", help="print the JSON Schema of job files, for editors")
     schema.set_defaults(json=True)
     return parser
+
+
+def _add_submit(part: argparse.ArgumentParser) -> None:
+    what = part.add_mutually_exclusive_group(required=True)
+    what.add_argument("job", nargs="?", help="job file of any kind: YAML, local or s3://")
+    what.add_argument("--list", action="store_true", help="the cluster's jobs, the newest first")
+    what.add_argument("--follow", metavar="ID", help="the log of a job from its beginning, to its end")
+    what.add_argument("--stop", metavar="ID", help="let a job save and end")
+    part.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="wins over the file")
+    part.add_argument("--address", metavar="URL", help="the head's dashboard, such as http://head:8265")
+    part.add_argument("--no-wait", action="store_true", help="print the job's id, and do not wait for its end")
+    part.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="an environment variable that goes along, readably"
+    )
+    part.add_argument(
+        "--secret", action="append", default=[], metavar="NAME", help="one that the cluster must have, and keeps"
+    )
+    part.add_argument("--code", action="store_true", help="send this installation's raysseg along, too")
+    part.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -91,12 +115,43 @@ def _run(options: argparse.Namespace) -> dict[str, Any] | None:
             options.out, num_train=options.train, num_val=options.val, size=tuple(options.size), seed=options.seed
         )
         return {"data": str(options.out.resolve()), "train": options.train, "val": options.val, "seed": options.seed}
+    if options.verb == "submit":
+        return _submit(options)
     overrides = [*options.overrides, *([f"output.format={options.to}"] if getattr(options, "to", None) else [])]
     job = _load_job(options.verb, options.job, overrides)
     from raysseg.runtime import log_to_stderr
 
     log_to_stderr()
     return {"kind": job.kind, **_run_job(job, getattr(options, "write_job", None))}
+
+
+def _submit(options: argparse.Namespace) -> dict[str, Any]:
+    """Sends a job, or looks after one that was sent."""
+    from raysseg.submit import Cluster, Submission, write_log
+
+    cluster = Cluster(options.address)
+    if options.list:
+        return {"jobs": cluster.jobs()}
+    job_id = options.follow or options.stop
+    if options.stop:
+        cluster.stop(job_id)
+    elif not options.follow:
+        job_id = cluster.submit(
+            Submission(options.job, options.overrides, options.env, options.secret, code=options.code)
+        )
+        write_log(f"raysseg: {job_id} is submitted; Ctrl-C leaves it running\n")
+    if options.no_wait:
+        return {"id": job_id}
+    try:
+        ended = cluster.follow(job_id, write_log)
+    except KeyboardInterrupt:
+        message = f"{job_id} goes on; `raysseg submit --follow {job_id}` shows it, `--stop {job_id}` ends it"
+        raise JobEnded(message, 130) from None
+    except JobEnded as stopped:
+        if options.stop:
+            return {"id": job_id, "status": stopped.message}
+        raise
+    return {"id": job_id, **(ended.result or {})}
 
 
 def _load_job(verb: str, path: str, overrides: Sequence[str]) -> Job:
@@ -167,6 +222,8 @@ def _as_text(result: dict[str, Any]) -> str:
     """The result for people: a table of metrics, then the rest line by line."""
     if "findings" in result:
         return _fingerprint_as_text(result)
+    if "jobs" in result:
+        return _jobs_as_text(result["jobs"])
     lines = []
     metrics: dict[str, float] = result.get("metrics", {})
     totals = {name: value for name, value in metrics.items() if "iou/" not in name and "dice/" not in name}
@@ -183,6 +240,16 @@ def _as_text(result: dict[str, Any]) -> str:
     rest = {key: value for key, value in result.items() if key != "metrics" and value not in (None, [])}
     lines += [""] * bool(metrics) + [f"{key}: {value}" for key, value in rest.items()]
     return "\n".join(lines)
+
+
+def _jobs_as_text(jobs: Sequence[dict[str, Any]]) -> str:
+    rows = [("id", "job", "status", "started", "minutes")]
+    for job in jobs:
+        started = "-" if job["started"] is None else f"{datetime.fromtimestamp(job['started']):%Y-%m-%d %H:%M}"
+        minutes = "-" if job["seconds"] is None else f"{job['seconds'] / 60:.1f}"
+        rows.append((job["id"], job["job"], job["status"], started, minutes))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _fingerprint_as_text(result: dict[str, Any]) -> str:

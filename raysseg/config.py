@@ -1170,6 +1170,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     return compose({**raw, **_train_keys(raw, str(path))}, [], str(path))
 
 
+def files(path: str, overrides: Sequence[str] = ()) -> list[str]:
+    """What a job is read from: its file, and the train job's that a tune job names; raises JobError, see load."""
+    train_file = _train_file(_naming_file(_overridden(_naming_file(_read_yaml(path)), overrides)), path)
+    return [path] if train_file is None else [path, train_file]
+
+
+def variables(text: str) -> set[str]:
+    """The environment variables that a job file's text names."""
+    return {match.group(1) for match in _VARIABLE.finditer(text)}
+
+
 def _naming_file(raw: dict[str, Any]) -> dict[str, Any]:
     """A tune job whose `train` is a mapping, where it is a path."""
     return {**raw, "train": {"file": raw["train"]}} if isinstance(raw.get("train"), str) else raw
@@ -1177,14 +1188,22 @@ def _naming_file(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _train_keys(raw: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The `train` of a tune job, with the keys of the file that it names."""
-    given = raw.get("train")
-    if not isinstance(given, Mapping) or not isinstance(given.get("file"), str):
+    file = _train_file(raw, path)
+    if file is None:
         return {}
-    file = _beside(path, _expanded(given["file"], path))
     read = _read_yaml(file)
     if read.get("kind", "train") != "train":
         raise JobError(f"{path}: train: {file} is of the kind {json.dumps(read['kind'])}; a train job is needed")
-    return {"train": _merged(_expanded(read, file), {key: value for key, value in given.items() if key != "file"})}
+    return {
+        "train": _merged(_expanded(read, file), {key: value for key, value in raw["train"].items() if key != "file"})
+    }
+
+
+def _train_file(raw: Mapping[str, Any], path: str) -> str | None:
+    """The train job's file that a tune job names."""
+    given = raw.get("train")
+    is_named = raw.get("kind") == "tune" and isinstance(given, Mapping) and isinstance(given.get("file"), str)
+    return _beside(path, _expanded(raw["train"]["file"], path)) if is_named else None
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def connect() -> None:
 
     The endpoint and region of the S3 storage go along to the workers; credentials are the cluster's own affair.
     """
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # a submitted job may bring these very variables
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # before the import: some are read then
     import ray
@@ -58,9 +59,8 @@ def connect() -> None:
         return
     quiet = ray.LoggingConfig(log_level="ERROR")
     if "RAY_ADDRESS" in os.environ:
-        forwarded = {name: os.environ[name] for name in S3_ENVIRONMENT if name in os.environ}
-        environment = {"env_vars": forwarded | RAY_ENVIRONMENT}
-        ray.init(runtime_env=environment, logging_level=logging.WARNING, logging_config=quiet)
+        forwarded = {name: os.environ[name] for name in (*S3_ENVIRONMENT, *RAY_ENVIRONMENT) if name in os.environ}
+        ray.init(runtime_env={"env_vars": forwarded}, logging_level=logging.WARNING, logging_config=quiet)
     else:
         ray.init(include_dashboard=False, logging_level=logging.WARNING, logging_config=quiet)
     resources = ray.cluster_resources()

@@ -193,3 +193,15 @@ class RunStopped(Exception):  # noqa: N818 - like KeyboardInterrupt
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message, signal)
         self.message, self.signal = message, signal
+
+
+class JobEnded(Exception):  # noqa: N818 - the job's failure, of which its own log says all
+    """A job on a cluster failed or was stopped.
+
+    Attributes:
+        exit_code: its own.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message, exit_code)
+        self.message, self.exit_code = message, exit_code

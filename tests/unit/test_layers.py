@@ -29,12 +29,13 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"place"},
     {"trial"},
     {"outcome"},
-    {"tune"},
+    {"tune", "submit"},
     {"cli"},
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 MAY_IMPORT_RAY = {
     "runtime",
+    "submit",
     "trainer",
     "conductor",
     "place",

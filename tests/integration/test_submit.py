@@ -1,0 +1,146 @@
+"""Jobs sent to a Ray of its own, as to a cluster: by the address of its dashboard alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import yaml
+
+from benchmarks.serve_sides import free_port
+from raysseg import storage
+from tests.conftest import rows
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-32-characters-or-more!"}
+
+
+@pytest.fixture(scope="module")
+def head(s3_server: str) -> Iterator[str]:
+    """A head node that wants a token, with the S3 server's address and keys in its environment; its dashboard's URL."""
+    port = free_port()
+    with TemporaryDirectory(prefix="rs-") as folder:  # short: the paths of sockets have a limit
+        ports = {"port": free_port(), "dashboard-port": port, "dashboard-agent-listen-port": free_port()}
+        options = [f"--{name}={value}" for name, value in {**ports, "ray-client-server-port": free_port()}.items()]
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            **TOKEN,
+        }
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", *options]
+        with Path(folder, "log").open("w") as log:
+            ray = subprocess.Popen(
+                [*command, f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/api/version", Path(folder, "log"))
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            ray.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                ray.wait(5)
+            with suppress(ProcessLookupError):
+                os.killpg(ray.pid, signal.SIGKILL)
+
+
+def _wait_for(url: str, log: Path) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with suppress(OSError), urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5):
+            return
+        time.sleep(0.5)
+    raise RuntimeError(log.read_text())
+
+
+def submitted(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`raysseg submit ARGUMENTS`, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "raysseg.cli", "submit", *arguments],
+        env={**os.environ, "RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"], **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def job(example: Path, new_bucket: Callable[[], str], tmp_path: Path) -> tuple[Path, str]:
+    """A train job whose data stand in a bucket that it knows by ${DATA}; and the bucket."""
+    bucket = new_bucket()
+    for path in (path for path in example.rglob("*") if path.is_file()):
+        storage.write_bytes(f"{bucket}/{path.relative_to(example)}", path.read_bytes())
+    splits = {
+        split: {"format": "masks", "images": f"${{DATA}}/{split}/images", "masks": f"${{DATA}}/{split}/masks"}
+        for split in ("train", "val")
+    }
+    keys = {
+        "kind": "train",
+        "name": "sent",
+        "task": "semantic",
+        "classes": "${DATA}/classes.json",
+        "data": {**splits, "crop": [32, 32]},
+        "model": {"name": "segformer-tiny", "weights": None},
+        "schedule": {"epochs": 2},
+        "batch": {"global_size": 8, "per_worker": 8},
+        "scaling": {"workers": 1},
+        "storage": "${RUNS}",
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(keys))
+    return tmp_path / "job.yaml", bucket
+
+
+def test_a_job_is_sent_followed_and_ends_with_its_own_result(head: str, job: tuple[Path, str]) -> None:
+    path, bucket = job
+    where = {"DATA": bucket, "RUNS": f"{bucket}/runs"}
+    done = submitted(str(path), "schedule.epochs=1", "--address", head, "--json", **where)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["bundle"] == f"{bucket}/runs/sent/bundle"
+    assert 0 <= result["metrics"]["val/miou"] <= 1
+    assert "epoch 1" in done.stderr
+    assert '"metrics"' not in done.stderr  # the log, less the result
+    assert len(rows(f"{bucket}/runs/sent")) == 1
+
+    listed = json.loads(submitted("--list", "--address", head, "--json").stdout)["jobs"]
+    (row,) = (row for row in listed if row["id"] == result["id"])
+    assert (row["job"], row["status"]) == ("train sent", "SUCCEEDED")
+
+
+def test_a_jobs_failure_is_the_commands(head: str, job: tuple[Path, str]) -> None:
+    path, bucket = job
+    gone = submitted(str(path), "--address", head, DATA=f"{bucket}/nowhere", RUNS=f"{bucket}/runs")
+    assert gone.returncode == 2
+    assert f"{bucket}/nowhere/classes.json" in gone.stderr
+
+    secret = submitted(str(path), "--secret", "WANDB_API_KEY", "--address", head, DATA=bucket, RUNS=bucket)
+    assert secret.returncode == 2
+    assert "WANDB_API_KEY: is a secret of the cluster, and not set where the driver runs" in secret.stderr
+
+
+def test_what_is_not_there_and_who_is_not_let_in(head: str) -> None:
+    nobody = submitted("--stop", "nobody-123", "--address", head)
+    assert nobody.returncode == 2
+    assert "nobody-123: the cluster knows no such job; `raysseg submit --list` names them" in nobody.stderr
+
+    stranger = submitted("--list", "--address", head, RAY_AUTH_TOKEN="another-one-of-32-characters-or-more")
+    assert stranger.returncode == 2
+    assert "the cluster wants its token" in stranger.stderr
+
+    nowhere = submitted("--list", "--address", f"http://127.0.0.1:{free_port()}")
+    assert nowhere.returncode == 2
+    assert "--address: no Ray dashboard answers at http://127.0.0.1:" in nowhere.stderr
