@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -992,7 +993,7 @@ class TuneJob(BaseJob):
     """A search over a train job's settings."""
 
     kind: Literal["tune"]
-    train: Annotated[dict[str, Any], AfterValidator(_check_train)]
+    train: Annotated[dict[str, Any], AfterValidator(_check_train), WithJsonSchema({"type": ["string", "object"]})]
     """A train job's file, whose path is taken from where this file lies; or its keys; or both: `{file: PATH, ...}`, and
     the keys win."""
     search: Search

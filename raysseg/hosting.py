@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from raysseg.section import Duration, Section, not_ordered
 
@@ -38,6 +38,10 @@ class Replicas(Section):
         return self
 
 
+UriStart = Annotated[str, Field(pattern=r"^(https|s3|gs)://(.+/)?$"), WithJsonSchema({"type": "string"})]
+"""A scheme, and folders up to a slash; in a file it may hold ${NAME}, which editors must not complain of."""
+
+
 class Http(Section):
     """Where requests come in, and what is let in."""
 
@@ -57,6 +61,6 @@ class Http(Section):
     """Of an image; a model that sees images whole takes some 250 bytes a pixel and more."""
     min_side: Annotated[int, Field(ge=1)] = 8
     """Pixels; of an image."""
-    fetch: tuple[Annotated[str, Field(pattern=r"^(https|s3|gs)://(.+/)?$")], ...] = ()
+    fetch: tuple[UriStart, ...] = ()
     """What the URIs of images may begin with that requests name, such as `s3://bucket/images/` or `https://`, up to a
     slash; hosts with private addresses are never asked."""
