@@ -60,14 +60,11 @@ class Conductor:
 
     def __init__(self) -> None:
         self._wish = Wish.NOTHING
-        self._num_workers = 0
         self._signs: dict[int, tuple[Sign, float, ActorHandle]] = {}
 
     def exchange(self, sign: Sign, actor: ActorHandle) -> Wish:
         """Takes a sign of life; gives the first rank what the driver wishes."""
-        if sign.num_workers != self._num_workers:  # a smaller group has come
-            self._num_workers = sign.num_workers
-            self._signs = {rank: entry for rank, entry in self._signs.items() if rank < sign.num_workers}
+        self._signs = {rank: entry for rank, entry in self._signs.items() if rank < sign.num_workers}
         self._signs[sign.rank] = sign, time.monotonic(), actor
         if sign.rank:
             return Wish.NOTHING

@@ -21,11 +21,13 @@ from raysseg import checkpoint, inputs, storage
 from raysseg.config import MasksSource, ShardsSource
 from raysseg.data import index as indexes
 from raysseg.data import sampling
+from raysseg.data.batches import build_feed, read_ids, request_chunk
 from raysseg.data.files import IMAGE_SUFFIXES, files_by_stem
 from raysseg.data.index import SampleIndex
 from raysseg.data.sampling import repeat_factors
+from raysseg.ledger import Ledger
 from raysseg.loop import TrainState
-from tests.conftest import example_job
+from tests.conftest import example_job, plan_of
 from tests.faults import faulty_proxy
 
 
@@ -70,6 +72,18 @@ def test_repeat_factors_by_parts_are_those_of_the_whole(monkeypatch: pytest.Monk
     whole = np.where(presence, np.sqrt(0.3 / shares), 1.0).max(axis=1, initial=1.0)
     monkeypatch.setattr(sampling, "_ROWS", 8)
     assert np.array_equal(repeat_factors(presence, 0.3), whole)
+
+
+def test_what_tasks_share_does_not_grow_with_the_samples(example: Path) -> None:
+    job = example_job(str(example), "unused")
+    plan = plan_of(job)
+    sizes = []
+    for number in (22, 10_000):
+        feed = build_feed(job, plan.train.take(np.arange(number) % 22), plan.classes, Ledger(), rank=0, num_workers=1)
+        sizes.append(len(pickle.dumps(feed.bare)))
+        request = request_chunk(feed, 0)
+        assert request.index.sample_ids == read_ids(feed, 0, request.positions.tolist())
+    assert sizes[0] == sizes[1] < 10_000
 
 
 # ---- listings
