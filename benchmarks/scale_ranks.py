@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,11 +21,14 @@ from benchmarks.scale_data import WORKERS, Row, alone, feed_of, made_up, row
 from raysseg import checkpoint, runtime
 from raysseg.conductor import Conductor, Sign
 from raysseg.config import MasksSource, Scaling
-from raysseg.data import stream
-from raysseg.data.batches import iter_batches
+from raysseg.data import read_index, stream
+from raysseg.data.batches import Feed, decode_chunk, iter_batches, read_chunk, request_chunk
+from raysseg.data.example import EXAMPLE_CLASSES, draw_example
 from raysseg.data.index import SampleIndex
+from raysseg.data.shards import to_table
 from raysseg.link import Wish
 from raysseg.loop import TrainState
+from raysseg.schema import Sample
 from raysseg.worker import _Agreement
 
 STEPS = 300
@@ -188,7 +193,30 @@ def files_over_and_over(folder: str, num_samples: int) -> SampleIndex:
     return SampleIndex(MasksSource(images=folder, masks=folder), table, index.groups).in_one_piece
 
 
+def traffic_rows() -> Iterator[Row]:
+    """Bytes of a sample in the object store, beside those of its files, for scenes of 512x512."""
+    with TemporaryDirectory() as folder:
+        draw_example(Path(folder), num_train=32, num_val=1, size=(512, 512))
+        index = read_index(MasksSource(images=f"{folder}/train/images", masks=f"{folder}/train/masks"))
+        feed = feed_of(index)
+        feed = replace(feed, recipe=replace(feed.recipe, classes=EXAMPLE_CLASSES, crop=(512, 512)))
+        chunk = read_chunk(request_chunk(feed, 0))
+        files = sum(
+            path.stat().st_size for kind in ("images", "masks") for path in Path(folder, "train", kind).iterdir()
+        )
+        decoded = stream._to_block(decode_chunk(feed, chunk), "")
+        samples = [sample for sample in chunk.samples if isinstance(sample, Sample)]
+        assert len(samples) == 32
+        for what, num_bytes in (
+            ("its files", files),
+            ("decode: trainer", to_table(samples).nbytes),
+            ("decode: cluster", sum(column.nbytes for column in decoded.values())),
+        ):
+            yield row("stream", f"bytes of a sample, {what}", 512, num_bytes / 32, "bytes")
+
+
 def stream_rows() -> Iterator[Row]:
+    yield from traffic_rows()
     span = stream._SPAN
     with TemporaryDirectory() as folder:
         for num_samples, epochs in ((10**5, 1), (10**5, 10), (10**6, 1), (10**6, 50)):
@@ -201,12 +229,22 @@ def stream_rows() -> Iterator[Row]:
                 first, rate = _time_stream(feed_of(index, epochs=epochs))
                 yield row("stream", f"{epochs} epochs, {name}: first batch", num_samples, first, "s")
                 yield row("stream", f"{epochs} epochs, {name}: images/s then", num_samples, rate, "1/s")
-    stream._SPAN = span
+        stream._SPAN = span
+        yield from ranks_rows(index)
 
 
-def _time_stream(feed: object, steps: int = 100) -> tuple[float, float]:
+def ranks_rows(index: SampleIndex) -> Iterator[Row]:
+    """Several ranks at once, whose tasks share the processes of two cores: one's chunks come between the others'."""
+    for num_workers in (1, 2, 4):
+        feeds = [feed_of(index, rank=rank, num_workers=num_workers) for rank in range(num_workers)]
+        with ThreadPoolExecutor(num_workers) as pool:
+            rates = [rate for _, rate in pool.map(_time_stream, feeds)]
+        yield row("stream", f"{len(index):.0e} samples: images/s of all ranks", num_workers, sum(rates), "1/s")
+
+
+def _time_stream(feed: Feed, steps: int = 100) -> tuple[float, float]:
     started = time.perf_counter()
-    batches = iter_batches(feed, stream.iter_chunks(feed, lambda _: None, decode="cluster", threads=2))  # type: ignore[arg-type]
+    batches = iter_batches(feed, stream.iter_chunks(feed, lambda _: None, decode="cluster", threads=2))
     next(batches)
     first = time.perf_counter()
     for _ in range(steps):
