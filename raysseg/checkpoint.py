@@ -149,8 +149,10 @@ def _fetch_once(uri: str, scratch: Path) -> Path | None:
     dist.all_gather_object(folders, str(scratch))
     shared = next(Path(folder) for folder in folders if Path(folder).is_dir())
     folder = _fetch(uri, scratch) if shared == scratch else None
-    dist.barrier()
-    return folder if shared == scratch else shared if (shared / MANIFEST).is_file() else None
+    _is_everywhere(True)  # waits for those that fetch
+    if shared == scratch or (shared / MANIFEST).is_file():
+        return folder if shared == scratch else shared
+    return _fetch(uri, scratch)
 
 
 def _fetch(uri: str, scratch: Path) -> Path | None:
