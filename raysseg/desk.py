@@ -104,6 +104,20 @@ class Desk:
         trials = self._study.get_trials(deepcopy=False)
         return [(trials[number], account) for number, account in accounts]
 
+    def best(self) -> list[int]:
+        """Numbers of the trials that lead, of all sittings: one, or a Pareto front."""
+        return search.best_numbers(self._study)
+
+    def standing(self) -> str:
+        """How far the search is, for people."""
+        trials = self._study.get_trials(deepcopy=False)
+        text = f"{sum(trial.state.is_finished() for trial in trials)} of {self._total} trials have ended"
+        best = search.best_numbers(self._study)
+        if not best:
+            return text
+        pairs = zip(self._job.objectives, trials[best[0]].values, strict=True)
+        return f"{text}; best: {best[0]}, " + ", ".join(f"{one.metric} {value:.4g}" for one, value in pairs)
+
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:
         """Keeps an error from Ray Tune, which would wrap it, for whoever runs the search."""

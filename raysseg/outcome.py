@@ -28,7 +28,7 @@ from raysseg.standing import History
 from raysseg.train import publish
 from raysseg.tuning_page import State, TrialRow
 
-_STATES: dict[TrialState, State] = {
+STATES: dict[TrialState, State] = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
@@ -134,7 +134,7 @@ def _row(job: TuneJob, trial: FrozenTrial, history: History) -> TrialRow:
     is_complete = trial.state == TrialState.COMPLETE
     return TrialRow(
         number=trial.number,
-        state=_STATES[trial.state],
+        state=STATES[trial.state],
         params={name: _shown(value) for name, value in search.params_of(trial).items()},
         values=tuple(trial.values) if is_complete else values_of(job, history),
         history=[{**row, "epoch": row["epoch"] + 1} for row in history],  # people count from 1

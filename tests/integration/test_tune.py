@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +232,27 @@ def test_a_trial_whose_process_dies_too_often_has_failed(example: Path, tmp_path
     assert "died" in trial.user_attrs["reason"]
 
 
+def on_terminal(command: list[str]) -> tuple[subprocess.Popen[bytes], bytearray]:
+    """Starts a command whose stderr is a terminal; what it has written there, so far."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stderr=theirs, env={**os.environ, "COLUMNS": "140", "TERM": "xterm"})
+    os.close(theirs)
+    written = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # which ends with an error
+            while part := terminal.read(4096):
+                written.extend(part)
+
+    threading.Thread(target=read, daemon=True).start()
+    return process, written
+
+
+def seen(written: bytearray) -> str:
+    """The text on a terminal, without colours and moves."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode(errors="replace"))
+
+
 def test_a_stopped_and_a_killed_search_go_on(example: Path, tmp_path: Path, ray_cluster: None) -> None:
     """SIGTERM in its first trial, SIGKILL of the driver in its third: no trial runs twice, and none starts anew."""
     job = tune_job(example, str(tmp_path / "runs"), LR, trials=3, epochs=6, concurrent=1)
@@ -247,8 +271,11 @@ def test_a_stopped_and_a_killed_search_go_on(example: Path, tmp_path: Path, ray_
 
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
-    driver = subprocess.Popen([sys.executable, "-m", "raysseg.cli", "tune", str(file)])
+    driver, shown = on_terminal([sys.executable, "-m", "raysseg.cli", "tune", str(file)])
     wait_for(lambda: num_epochs(job, 2) >= 2, 240)
+    wait_for(lambda: "hunt: 2 of 3 trials have ended; best: " in seen(shown), 20)
+    assert re.search(r"│ 2 +│ running +│ [1-6]/6 +│", seen(shown))
+    assert re.search(r"│ 1 +│ complete +│ 6/6 +│ 0\.\d{2,} ", seen(shown))
     driver.kill()
     driver.wait()
     first, second = (storage.read_text(f"{job.run_uri}/trials/{i:04d}/metrics.jsonl") for i in range(2))
@@ -261,6 +288,21 @@ def test_a_stopped_and_a_killed_search_go_on(example: Path, tmp_path: Path, ray_
     trials = study_of(job, tmp_path)
     assert [trial.params for trial in trials] == drawn
     assert all(sorted(trial.intermediate_values) == list(range(1, 7)) for trial in trials)
+
+
+def test_a_time_limit_ends_a_sitting_with_what_was_found(example: Path, tmp_path: Path, ray_cluster: None) -> None:
+    runs = str(tmp_path / "runs")
+    first = tune(tune_job(example, runs, LR, trials=1, epochs=1))
+    job = tune_job(example, runs, LR, trials=99, epochs=1, time_limit="12 seconds")
+    began = time.monotonic()
+    result = tune(job)
+    assert time.monotonic() - began < 60
+    trials = study_of(job, tmp_path)
+    assert first.trials == {"complete": 1}
+    assert len(trials) == sum(result.trials.values()) < 99
+    assert {trial.state for trial in trials[1:]} <= {TrialState.COMPLETE, TrialState.RUNNING}
+    rest = tune(tune_job(example, runs, LR, trials=len(trials), epochs=1))
+    assert rest.trials == {"complete": len(trials)}, "those that the limit ended have gone on"
 
 
 # --- other searches -----------------------------------------------------------------------------------------------
@@ -288,6 +330,26 @@ def placement_groups() -> list[dict[str, Any]]:
     mine = ray.get_runtime_context().get_job_id()
     table = ray.util.placement_group_table()
     return [group for key, group in table.items() if key.endswith(mine) and group["state"] != "REMOVED"]
+
+
+TWO_WORKERS = ("scaling={workers: 2, cpus_per_worker: 0.5, max_failures: 0}", "optimizer.lr=0.001")
+
+
+def test_a_trial_of_two_workers_that_dies_leaves_its_place_to_the_next(
+    example: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    space = {"optimizer.lr": {"choice": [1e-3, 2e-3]}}
+    job = tune_job(example, str(tmp_path / "runs"), space, *TWO_WORKERS, sampler="grid", epochs=3)
+    killer, killed = killed_when(job, 1)
+    result = tune(job)
+    killer.join()
+    assert killed == [1]
+    assert result.trials == {"failed": 1, "complete": 1}
+    failed, complete = study_of(job, tmp_path)
+    assert failed.datetime_complete is not None
+    assert complete.datetime_complete is not None
+    assert (complete.datetime_complete - failed.datetime_complete).total_seconds() < 150, "Ray itself holds on for 180"
+    wait_for(lambda: not placement_groups(), 30)
 
 
 def test_trials_of_two_workers_take_turns_and_leave_no_placement_group(
