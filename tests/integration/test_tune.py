@@ -240,9 +240,9 @@ def on_terminal(command: list[str]) -> tuple[subprocess.Popen[bytes], bytearray]
     written = bytearray()
 
     def read() -> None:
-        with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # which ends with an error
-            while part := terminal.read(4096):
-                written.extend(part)
+        with contextlib.suppress(OSError):  # with which a terminal ends
+            while True:
+                written.extend(os.read(ours, 4096))
 
     threading.Thread(target=read, daemon=True).start()
     return process, written
