@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 import ray
 import ray.tune
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from rich.console import Console
 from rich.live import Live
@@ -270,10 +270,21 @@ def _table(job: TuneJob, desk: Desk) -> Table:
         if trial.state == TrialState.RUNNING or is_best or i >= len(rows) - _SHOWN:
             values = values_of(job, account.history, account.latency_ms) or ()
             shown = [f"{value:#.4g}" for value in values] or [""] * len(job.objectives)
-            settings = ", ".join(f"{name}={_short(value)}" for name, value in search.params_of(trial).items())
-            cells = (str(trial.number), STATES[trial.state], f"{len(account.history)}/{job.epochs}", *shown, settings)
+            epochs = f"{len(account.history)}/{job.epochs}"
+            cells = (str(trial.number), STATES[trial.state], epochs, *shown, _settings(trial))
             table.add_row(*map(escape, cells), style="bold" if is_best else None)
     return table
+
+
+def _settings(trial: FrozenTrial) -> str:
+    """A trial's values in few lines: of weights of single classes, the least and the largest."""
+    params = search.params_of(trial)
+    names = [name for name in params if name.startswith(f"{CLASS_WEIGHTS}.")]
+    weights = [weight for weight in search.weights_of(trial) if weight]
+    if len(names) > 1 and weights:
+        spread = f"{_short(min(weights))} to {_short(max(weights))}"
+        params = {name: value for name, value in params.items() if name not in names} | {CLASS_WEIGHTS: spread}
+    return ", ".join(f"{name}={_short(value)}" for name, value in params.items())
 
 
 def _short(value: Any) -> str:

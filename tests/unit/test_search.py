@@ -143,6 +143,21 @@ def test_class_weights_have_mean_1_over_the_classes_that_occur(shape: dict[str, 
     assert study.trials[-1].params.keys() == {f"loss.class_weights.{name}" for name in names}
 
 
+@pytest.mark.parametrize("shape", [{"factors": [0.1, 10]}, {"simplex": True}])
+def test_tables_show_the_weights_that_the_loss_was_given(shape: dict[str, Any], tmp_path: Path) -> None:
+    """And a larger number of Optuna's is a larger weight."""
+    job = tune_job(tmp_path, {"loss.class_weights": shape}, sampler="random")
+    study = open_study(job)
+    draw(study, job)
+    trial, values = draw(study, job)
+    trial.set_user_attr("overrides", values)
+    own, drawn = study.trials
+    settings = search.settings_of(drawn, CLASSES)
+    assert list(settings.values()) == values["loss.class_weights"]
+    assert sorted(settings, key=settings.__getitem__) == sorted(drawn.params, key=drawn.params.__getitem__)
+    assert search.settings_of(own, CLASSES) == {}
+
+
 def test_simplex_is_uniform() -> None:
     """Of three shares each has mean 1/3 and variance 1/18, and is above 1/2 in a quarter of the draws."""
     job = tune_job("/runs", {"loss.class_weights": {"simplex": True}}, sampler="random")
@@ -544,7 +559,7 @@ def test_choices_of_lists_are_text_in_tables_and_figures(tmp_path: Path) -> None
     study = open_study(job)
     for value in (0.1, 0.2):
         study.tell(draw(study, job)[0], value)
-    rows = outcome._rows(job, study)
+    rows = outcome._rows(job, study, CLASSES)
     assert [row.params for row in rows] == [{"data.crop": "[512, 512]"}, {"data.crop": "[64, 64]"}]
     assert pq.read_table(outcome._write_table(job, rows))["data.crop"].to_pylist() == ["[512, 512]", "[64, 64]"]
     page = tuning_page.TuningPage("hunt", [tuning_page.Objective("val/miou", "max")], rows, best=(1,))
