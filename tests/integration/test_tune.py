@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -332,6 +332,25 @@ def placement_groups() -> list[dict[str, Any]]:
     return [group for key, group in table.items() if key.endswith(mine) and group["state"] != "REMOVED"]
 
 
+@contextlib.contextmanager
+def worker_groups_counted() -> Iterator[list[int]]:
+    """How many placement groups of two workers there were, again and again, over the block."""
+    counts: list[int] = []
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.2):
+            counts.append(sum(len(group["bundles"]) == 2 for group in placement_groups()))
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        yield counts
+    finally:
+        is_over.set()
+        looker.join()
+
+
 TWO_WORKERS = ("scaling={workers: 2, cpus_per_worker: 0.5, max_failures: 0}", "optimizer.lr=0.001")
 
 
@@ -340,15 +359,13 @@ def test_a_trial_of_two_workers_that_dies_leaves_its_place_to_the_next(
 ) -> None:
     space = {"optimizer.lr": {"choice": [1e-3, 2e-3]}}
     job = tune_job(example, str(tmp_path / "runs"), space, *TWO_WORKERS, sampler="grid", epochs=3)
-    killer, killed = killed_when(job, 1)
-    result = tune(job)
-    killer.join()
+    with worker_groups_counted() as counts:
+        killer, killed = killed_when(job, 1)
+        result = tune(job)
+        killer.join()
     assert killed == [1]
     assert result.trials == {"failed": 1, "complete": 1}
-    failed, complete = study_of(job, tmp_path)
-    assert failed.datetime_complete is not None
-    assert complete.datetime_complete is not None
-    assert (complete.datetime_complete - failed.datetime_complete).total_seconds() < 150, "Ray itself holds on for 180"
+    assert max(counts) == 1, "the first one's is given back before the second one's"
     wait_for(lambda: not placement_groups(), 30)
 
 
@@ -360,22 +377,12 @@ def test_trials_of_two_workers_take_turns_and_leave_no_placement_group(
     overrides = ("scaling={workers: 2, cpus_per_worker: 0.5}", "optimizer.lr=0.001")
     pruning = {"rule": "median", "min_epochs": 1, "first_trials": 1}
     job = tune_job(example, str(tmp_path / "runs"), space, *overrides, sampler="grid", epochs=20, pruning=pruning)
-    most: list[int] = []
-    is_over = threading.Event()
-
-    def look() -> None:
-        while not is_over.wait(0.2):
-            most.append(sum(len(group["bundles"]) == 2 for group in placement_groups()))
-
-    looker = threading.Thread(target=look)
-    looker.start()
-    killer, killed = killed_when(job, 2)
-    result = tune(job)
-    killer.join()
-    is_over.set()
-    looker.join()
+    with worker_groups_counted() as counts:
+        killer, killed = killed_when(job, 2)
+        result = tune(job)
+        killer.join()
     assert killed == [1]
     assert result.trials == {"complete": 1, "pruned": 1}
     assert num_epochs(job, 1) < 20
-    assert max(most) == 1, "one group of workers at a time"
+    assert max(counts) == 1, "one group of workers at a time"
     wait_for(lambda: not placement_groups(), 30)
