@@ -112,7 +112,7 @@ class Desk:
         """How far the search is, for people."""
         trials = self._study.get_trials(deepcopy=False)
         text = f"{sum(trial.state.is_finished() for trial in trials)} of {self._total} trials have ended"
-        best = search.best_numbers(self._study)
+        best = self.best()
         if not best:
             return text
         pairs = zip(self._job.objectives, trials[best[0]].values, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ _OWN = "own"  # marks the trial with the train job's own values
 _SMALLEST = 1e-6  # of the numbers in (0, 1) from which a share-out of class weights is made
 
 _Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
+
+logger = logging.getLogger(__name__)
 
 
 def num_trials(job: TuneJob) -> int:
@@ -367,6 +370,8 @@ def build_pruner(job: TuneJob) -> BasePruner:
     rule = job.search.pruning
     if rule is None:
         return NopPruner()
+    if rule.min_epochs >= job.epochs:
+        logger.warning("search.pruning has no effect: a trial has %d epochs, and trains its min_epochs", job.epochs)
     if rule.rule == "asha":
         return _BeforeLast(SuccessiveHalvingPruner(rule.min_epochs, rule.reduction), job.epochs)
     return _BeforeLast(MedianPruner(rule.first_trials, rule.min_epochs), job.epochs)

@@ -68,7 +68,6 @@ def tune(job: TuneJob) -> TuneResult:
     is_balanced = any(overlap(path, key) for path in job.search.space for key in balancing)
     inputs = read_inputs(base, is_balanced=is_balanced)
     _check_objectives(job, known_metrics(base, inputs.classes))
-    _warn_of_pruning(job)
     standing.open_run(job, MOVABLE)
     study = open_study(job)
     try:
@@ -86,16 +85,6 @@ def _check_objectives(job: TuneJob, known: Sequence[str]) -> None:
         if objective.metric not in (*known, LATENCY):
             allowed = ", ".join((*known, LATENCY))
             raise InputError(f"search.metric: received {objective.metric!r}; allowed: {allowed}")
-
-
-def _warn_of_pruning(job: TuneJob) -> None:
-    pruning = job.search.pruning
-    if pruning is not None and pruning.min_epochs >= job.epochs:
-        logger.warning(
-            "search.pruning has no effect: its min_epochs, %d, are all of a trial's epochs, %d",
-            pruning.min_epochs,
-            job.epochs,
-        )
 
 
 def _check_data(job: TuneJob, study: optuna.Study, inputs: Inputs) -> None:

@@ -393,6 +393,13 @@ def test_nobody_is_turned_away_at_the_last_epoch(tmp_path: Path) -> None:
         assert trial.should_prune() is is_pruned
 
 
+def test_pruning_that_comes_after_the_last_epoch_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_study(tune_job(tmp_path, LR, pruning={"min_epochs": 8}))
+    assert caplog.text == ""
+    open_study(tune_job(tmp_path, LR, pruning={"min_epochs": 9}))
+    assert "search.pruning has no effect: a trial has 9 epochs" in caplog.text
+
+
 @pytest.mark.parametrize("rule", ["median", "asha"])
 def test_nan_is_pruned(rule: str, tmp_path: Path) -> None:
     job = tune_job(tmp_path, LR, pruning={"rule": rule} | ({"first_trials": 1} if rule == "median" else {}))
