@@ -147,9 +147,9 @@ class Desk:
         return job
 
     def _take(self, trial: optuna.Trial, account: Account) -> None:
-        before = self._accounts[account.number].seconds
-        if account.seconds < before:  # another process has gone on with it
-            self._seconds[account.number] += before
+        before = self._accounts[account.number]
+        if account.seconds < before.seconds:  # another process has gone on with it
+            self._seconds[account.number] += before.seconds
         self._accounts[account.number] = account
         has_news = self._report(trial, account.history)
         if account.reason:
@@ -158,7 +158,7 @@ class Desk:
             self._complete(trial, account)
         elif has_news and trial.should_prune():
             self._end(trial, account, TrialState.PRUNED)
-        elif has_news:
+        elif len(account.history) > len(before.history):
             self._note_seconds(trial, account)
 
     def _complete(self, trial: optuna.Trial, account: Account) -> None:

@@ -99,6 +99,18 @@ def test_what_was_under_way_comes_first_and_its_seconds_add_up(tmp_path: Path) -
     assert trials[1].intermediate_values == {1: 0.1, 2: 0.2, 3: 0.3}
 
 
+def test_seconds_of_a_trial_under_way_are_kept_with_several_objectives_too(tmp_path: Path) -> None:
+    job = tune_job(tmp_path, objectives=[{"metric": "val/miou"}, {"metric": "latency_ms"}])
+    desk = open_desk(job)
+    begin(desk)
+    desk.note(Account(0, rows(0.1), seconds=5.0))
+    again = open_desk(job)
+    begin(again)
+    assert again.note(Account(0, rows(0.1, 0.2, 0.3), is_over=True, seconds=4.0, latency_ms=7.0))
+    (trial,) = open_study(job).trials
+    assert (trial.values, trial.user_attrs["seconds"]) == ([0.3, 7.0], 9.0)
+
+
 def test_what_lies_where_a_new_trial_goes_is_deleted(tmp_path: Path) -> None:
     """A study that a kill has cut off knows less than its runs."""
     job = tune_job(tmp_path)
