@@ -23,9 +23,10 @@ def measured(part: str) -> dict[str, float]:
     """What a part of the benchmark has found; nothing that it has started outlives this."""
     with TemporaryDirectory(prefix="rs-") as folder:  # short: the paths of sockets have a limit
         rows, mark = Path(folder, "rows.json"), f"{folder}/"
+        bound = ["setpriv", "--pdeathsig", "KILL"]  # it ends with this process, however that ends
         command = ["-m", "benchmarks.bench_nodes", "--part", part, "--folder", folder, "--rows", str(rows)]
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [*bound, sys.executable, *command],
             env={**os.environ, MARK: mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
