@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,38 +39,55 @@ def measure(ground: Ground, *, silent: bool) -> list[Row]:
     load = prepare(ground, port)
     deploy(ground, port)
     deployed_s = time.time() - began
-    send(Load(load.asks, _CLIENTS, count=40, origins=load.origins))  # until all is warm
+    send(replace(load, count=40, expected=None, retries=0))  # until all is warm
     places = {name: nodes_of(ground, name) for name in (MODEL_NAME, INGRESS)}
     victim = choose_victim(ground, places[INGRESS])
     print(f"replicas at {places}; {victim.address} is killed")
-    whole_s: dict[str, float] = {}
+    found = disturb(ground, load, victim, silent=silent)
+    entry = origin(ground, found.newcomer.address, port)
+    by_newcomer = send(replace(load, concurrency=1, count=8, retries=0, origins=(entry,)))
+    return to_value_rows(
+        ("nodes of the model's replicas", len(set(places[MODEL_NAME])), "2"),
+        ("nodes of the processes that take requests in", len(set(places[INGRESS])), "2"),
+        *count_requests(found.outcome),
+        ("right answers by the new node", len(by_newcomer.answered) - by_newcomer.num_wrong, "8"),
+        ("a replica runs on the new node", found.newcomer.address in nodes_of(ground, MODEL_NAME), "1"),
+        ("longest time without an answer, s", longest_pause_s(found.outcome), "-"),
+        *((f"{what}, s", seconds, "-") for what, seconds in found.seconds.items()),
+        ("until the deployment answers, s", deployed_s, "-"),
+        ("all of it, s", time.time() - began, "-"),
+    )
+
+
+class Disturbed(NamedTuple):
+    """What became of a load.
+
+    Attributes:
+        outcome: of all requests.
+        newcomer: the new node.
+        seconds: from the kill until something was so again.
+    """
+
+    outcome: Outcome
+    newcomer: Node
+    seconds: dict[str, float]
+
+
+def disturb(ground: Ground, load: Load, victim: Node, *, silent: bool) -> Disturbed:
+    """Kills a node under a load, and starts a new one at once."""
+    seconds: dict[str, float] = {}
     with Client(load) as client, ThreadPoolExecutor(1) as executor:
         time.sleep(_SETTLED_S)
         kill = ground.take_away(victim, silent=silent)
         adding = executor.submit(ground.cluster.add, num_cpus=1)
         for name in (INGRESS, MODEL_NAME):
             wait_until(lambda of=name: is_whole(nodes_of(ground, of), victim.address), _WHOLE_S)  # type: ignore[misc]
-            whole_s[name] = time.time() - kill
+            seconds[f"{name} whole again"] = time.time() - kill
         newcomer = adding.result()
         wait_until(lambda: takes_requests(ground, newcomer.address), _WHOLE_S)
-        used_s = time.time() - kill
+        seconds["the new node takes requests in"] = time.time() - kill
         time.sleep(_SETTLED_S)
-        outcome = client.stop()
-    by_newcomer = send(
-        Load(load.asks, 1, count=8, expected=load.expected, origins=(origin(ground, newcomer.address, port),))
-    )
-    return to_value_rows(
-        ("nodes of the model's replicas", len(set(places[MODEL_NAME])), "2"),
-        ("nodes of the processes that take requests in", len(set(places[INGRESS])), "2"),
-        *count_requests(outcome),
-        ("right answers by the new node", len(by_newcomer.answered) - by_newcomer.num_wrong, "8"),
-        ("a replica runs on the new node", newcomer.address in nodes_of(ground, MODEL_NAME), "1"),
-        ("longest time without an answer, s", longest_pause_s(outcome), "-"),
-        *((f"{name} whole again, s", seconds, "-") for name, seconds in whole_s.items()),
-        ("the new node takes requests in, s", used_s, "-"),
-        ("until the deployment answers, s", deployed_s, "-"),
-        ("all of it, s", time.time() - began, "-"),
-    )
+        return Disturbed(client.stop(), newcomer, seconds)
 
 
 def choose_victim(ground: Ground, ingress: Sequence[str]) -> Node:
