@@ -15,10 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from botocore.exceptions import ParamValidationError
+from botocore.validate import validate_parameters
 
 from raysseg import cli, config
 from raysseg.section import seconds_of
@@ -187,6 +190,22 @@ def test_heads_take_no_work(resource: Keys) -> None:
 
 
 @pytest.mark.parametrize("resource", KUBERAY, ids=named)
+def test_workers_tell_ray_when_they_go(resource: Keys) -> None:
+    from ray.scripts.scripts import drain_node
+
+    for group in groups(resource)[1:]:
+        *shell, script = ray_container(group)["lifecycle"]["preStop"]["exec"]["command"]
+        assert shell == ["bash", "-c"]
+        first, _, then = script.partition(" && ")
+        program, verb, *arguments = shlex.split(first)
+        assert (program, verb) == ("ray", drain_node.name)
+        told = drain_node.make_context(verb, arguments).params
+        assert told["node_id"] is None  # this one
+        assert then == f"sleep {told['deadline_remaining_seconds']}"
+        assert told["deadline_remaining_seconds"] < group["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("resource", KUBERAY, ids=named)
 def test_pods_run_without_privileges_as_the_images_user(resource: Keys) -> None:
     (user,) = re.findall(r"^USER (\d+):\1$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     for template in pod_templates(resource):
@@ -238,6 +257,15 @@ def test_what_pods_need_is_in_the_folder_or_said_to_be_needed() -> None:
     assert {one["metadata"]["namespace"] for one in RESOURCES if one["kind"] != "Namespace"} == {"raysseg"}
     (namespace,) = of_kind("Namespace")
     assert namespace["metadata"]["name"] == "raysseg"
+
+
+def test_services_that_kuberay_makes_have_names_of_their_own() -> None:
+    names = [one["metadata"]["name"] for one in KUBERAY]  # NAME-head-svc, NAME-serve-svc
+    assert len(set(names)) == len(names)
+    (service,) = of_kind("RayService")
+    (cluster,) = of_kind("RayCluster")
+    for name in (f"{service['metadata']['name']}-serve-svc", f"{cluster['metadata']['name']}-head-svc"):
+        assert f"port-forward service/{name}" in README
 
 
 def test_ports_agree() -> None:
@@ -369,6 +397,9 @@ def check_launcher(keys: Keys) -> None:
     validate_config(prepare_config(copy.deepcopy(keys)))
     if unknown := keys["provider"].keys() - keys_of_provider():
         raise ValueError(f"provider: the launcher reads no {unknown}")
+    machine = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for node_type in keys["available_node_types"].values():
+        validate_parameters({**node_type["node_config"], "MinCount": 1, "MaxCount": 1}, machine)
 
 
 def test_the_launcher_takes_its_file() -> None:
@@ -387,7 +418,12 @@ def test_the_launcher_takes_its_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [((), "'max_wrkers' was unexpected"), (("provider",), r"reads no \{'max_wrkers'\}")]
+    ("place", "message"),
+    [
+        ((), "'max_wrkers' was unexpected"),
+        (("provider",), r"reads no \{'max_wrkers'\}"),
+        (("available_node_types", "gpu", "node_config"), 'Unknown parameter in input: "max_wrkers"'),
+    ],
 )
 def test_what_the_launcher_does_not_know_is_refused(place: tuple[str, ...], message: str) -> None:
     (keys,) = documents("aws.yaml")
@@ -395,7 +431,7 @@ def test_what_the_launcher_does_not_know_is_refused(place: tuple[str, ...], mess
     for key in place:
         part = part[key]
     part["max_wrkers"] = 1
-    with pytest.raises((jsonschema.ValidationError, ValueError), match=message):
+    with pytest.raises((jsonschema.ValidationError, ParamValidationError, ValueError), match=message):
         check_launcher(keys)
 
 
