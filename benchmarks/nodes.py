@@ -115,10 +115,13 @@ class Network:
             _shell(f"ip link set {self.name(number)} down")
 
 
+LOOPBACK = Network(False, "127.0.0.1")
+
+
 def open_network(folder: Path) -> Network:
     """The network of this process, which enter_namespaces has prepared."""
     if not os.environ[_INSIDE]:
-        return Network(False, "127.0.0.1")
+        return LOOPBACK
     _shell(_BRIDGE)
     network = Network(True, "10.77.0.1")
     known = [f"{network.address(number)} {network.name(number)}\n" for number in range(2, _MOST)]
@@ -159,11 +162,13 @@ class Cluster:
     Attributes:
         folder: for Ray's sockets and logs; a short path, as sockets have a limit.
         environment: of all nodes.
+        head_options: of the head's `ray start`, beside those that it has anyway.
     """
 
     network: Network
     folder: Path
     environment: Mapping[str, str]
+    head_options: Mapping[str, object] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     port: int = field(default_factory=free_port)
     dashboard: int = field(default_factory=free_port)
@@ -192,13 +197,14 @@ class Cluster:
 
     def _command(self, number: int, num_cpus: int, folder: str) -> list[str]:
         address = self.network.address(number)
-        options = {"node-ip-address": address, "num-cpus": num_cpus, "object-store-memory": 2**28}
+        options: dict[str, object] = {"node-ip-address": address, "num-cpus": num_cpus, "object-store-memory": 2**28}
         options |= {"temp-dir": folder}  # its own: a node that comes clears what jobs have brought along
         options |= {"dashboard-agent-listen-port": free_port(), "min-worker-port": 0, "max-worker-port": 0}
         if self.nodes:
             where = [f"--address={self.nodes[0].address}:{self.port}"]
         else:
             options |= {"port": self.port, "dashboard-port": self.dashboard, "ray-client-server-port": free_port()}
+            options |= self.head_options
             where = ["--head", f"--dashboard-host={address}", "--disable-usage-stats"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *where]
         return [*command, *(f"--{key}={value}" for key, value in options.items())]
@@ -243,11 +249,8 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(
-    network: Network, folder: Path, environment: Mapping[str, str], num_cpus: int = 0
-) -> Iterator[Cluster]:
-    """A head, without room for work by default; all nodes end with the block."""
-    cluster = Cluster(network, folder, environment)
+def running(cluster: Cluster, num_cpus: int = 0) -> Iterator[Cluster]:
+    """Starts the head, without room for work by default; all nodes end with the block."""
     try:
         cluster.add(num_cpus)
         yield cluster
@@ -325,7 +328,7 @@ def ground(folder: Path, environment: Mapping[str, str]) -> Iterator[Ground]:
     network = open_network(folder)
     with (
         s3_server(host=network.here) as endpoint,
-        running_cluster(network, folder, {**own, **_KEYS, **environment}) as cluster,
+        running(Cluster(network, folder, {**own, **_KEYS, **environment})) as cluster,
     ):
         for _ in range(2):
             cluster.add(num_cpus=1)

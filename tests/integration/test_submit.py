@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from benchmarks.commands import free_port
-from benchmarks.nodes import TOKEN, Network, running_cluster
+from benchmarks.nodes import LOOPBACK, TOKEN, Cluster, running
 from raysseg import storage
 from tests.conftest import rows
 
@@ -25,7 +25,7 @@ def head(s3_server: str) -> Iterator[str]:
     """A head node that wants a token, with the S3 server's address and keys in its environment; its dashboard's URL."""
     with (
         TemporaryDirectory(prefix="rs-") as folder,  # short: the paths of sockets have a limit
-        running_cluster(Network(False, "127.0.0.1"), Path(folder), os.environ, num_cpus=2) as cluster,
+        running(Cluster(LOOPBACK, Path(folder), os.environ), num_cpus=2) as cluster,
     ):
         yield cluster.url
 
