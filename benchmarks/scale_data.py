@@ -44,15 +44,15 @@ def row(part: str, what: str, size: float, value: float, unit: str) -> Row:
 
 
 def alone(act: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of an act in a process of its own, and MiB that it holds at most beyond what was there."""
+    """CPU seconds of an act in a process of its own, and MiB that it holds at most beyond what was there."""
     context = get_context("fork")
     here, there = context.Pipe()
 
     def run() -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        started = time.perf_counter()
+        started = time.process_time()
         kept = act()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         there.send((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
         del kept
 
@@ -66,7 +66,7 @@ def alone(act: Callable[[], object]) -> tuple[float, float]:
 
 def costs(part: str, what: str, size: float, act: Callable[[], object]) -> Iterator[Row]:
     seconds, mib = alone(act)
-    yield row(part, what, size, seconds, "s")
+    yield row(part, what, size, seconds, "CPU s")
     yield row(part, f"{what}: peak", size, mib, "MiB")
 
 

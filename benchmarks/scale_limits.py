@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 PICTURE = Path(__file__).parents[1] / "docs" / "scale.svg"
 
-DRIVER_MIB = 64 * 1024  # of the node on which the driver runs
+DRIVER_MIB = 64 * 1024  # of memory for the driver
+NODE_MIB = 128 * 1024  # of memory for the ranks of a node
 STORE_MIB = 60 * 1024  # of object store a node: 30 % of 200 GiB
 RANKS = 8  # a node
 IMAGES_PER_S = 25  # of a GPU
@@ -25,6 +26,7 @@ LIST_S = 0.1  # a listing request of S3
 REQUESTS_PER_S = 5500  # GET and HEAD that S3 promises a prefix
 PATIENCE_S = 600  # of a start, or of one that goes on after a failure
 PER_IMAGE = 7  # instances
+TICKS = ("1", "10", "100", "1 k", "10 k", "100 k", "1 M", "10 M", "100 M", "1 G", "10 G")
 
 
 class Limit(NamedTuple):
@@ -54,8 +56,10 @@ class Measured:
 def sample_limits(of: Measured) -> list[Limit]:
     index = of.per_unit("pickled index")  # MiB a sample
     order = of.per_unit("an epoch's order, files: peak")
-    names = of.per_unit("mask folders, listed already, now: peak")
+    listing = 2 * of.per_unit("local folder: peak")
     start = of("10 epochs, one execution: first batch", 1e5) / (1e6 / 32)  # a chunk
+    presence = 133 / 2**20
+    stems = [f"mask folders, listed already, {when}: peak" for when in ("before", "now")]
     factors = [f"repeat factors of 133 classes, {when}: peak" for when in ("before", "now")]
     return [
         Limit("COCO file in the driver", *[DRIVER_MIB / PER_IMAGE / of.per_unit("COCO, by instances: peak")] * 2),
@@ -63,9 +67,9 @@ def sample_limits(of: Measured) -> list[Limit]:
         Limit("index, as tasks of 100 workers have it", STORE_MIB / index / 100, STORE_MIB / index),
         Limit("listing of one flat folder", PATIENCE_S / LIST_S * 1000 / 2, PATIENCE_S / LIST_S * 1000),
         Limit("listing of 16 folders and more", PATIENCE_S / LIST_S * 1000 / 2, 16 * PATIENCE_S / LIST_S * 1000),
-        Limit("balancing 133 classes in the driver", *(DRIVER_MIB / of.per_unit(peak) for peak in factors)),
-        Limit("an epoch's order, 8 ranks a node", *[2 * DRIVER_MIB / RANKS / order] * 2),
-        Limit("mask folders in the driver", *[DRIVER_MIB / names] * 2),
+        Limit("balancing 133 classes in the driver", *(DRIVER_MIB / (presence + of.per_unit(p)) for p in factors)),
+        Limit("an epoch's order, 8 ranks a node", *[NODE_MIB / RANKS / order] * 2),
+        Limit("mask folders in the driver", *(DRIVER_MIB / (listing + of.per_unit(peak)) for peak in stems)),
         Limit("shards in the driver", *[DRIVER_MIB / of.per_unit("shards: peak")] * 2),
     ]
 
@@ -95,7 +99,7 @@ def draw(panels: Sequence[tuple[str, Sequence[Limit], float, float]]) -> str:
         for power in range(round(math.log10(least)), round(math.log10(most)) + 1):
             x = place(10.0**power)
             lines.append(f'<path d="M{x:.0f} {top + 20}V{bottom}" stroke="#ddd"/>')
-            lines.append(f'<text x="{x:.0f}" y="{bottom + 13}" text-anchor="middle">{10**power:,}</text>')
+            lines.append(f'<text x="{x:.0f}" y="{bottom + 13}" text-anchor="middle">{TICKS[power]}</text>')
         for number, limit in enumerate(limits):
             y = top + 26 + 26 * number
             lines.append(f'<text x="292" y="{y + 14}" text-anchor="end">{limit.what}</text>')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import pickle
 from collections.abc import Callable
@@ -27,6 +28,10 @@ from raysseg.data.index import SampleIndex
 from raysseg.data.sampling import repeat_factors
 from raysseg.ledger import Ledger
 from raysseg.loop import TrainState
+from raysseg.masks import LabelMap
+from raysseg.metrics import Metrics
+from raysseg.schema import ClassMap
+from raysseg.worker import _compute_together
 from tests.conftest import example_job, plan_of
 from tests.faults import faulty_proxy
 
@@ -36,6 +41,7 @@ def index_of(names: list[str], chunks: int = 1) -> SampleIndex:
     return SampleIndex(MasksSource(masks="/d"), pa.concat_tables(parts), np.arange(len(names)))
 
 
+CLASSES = ClassMap((0, 1, 2), ("a", "b", "c"), ((0, 0, 0), (9, 9, 9), (99, 99, 99)), (False,) * 3)
 NAMES = [f"a/{i:03d} ü" for i in range(23)]
 
 
@@ -161,3 +167,30 @@ def test_ranks_on_one_disk_fetch_a_checkpoint_once(
         assert sum(request.startswith("GET") and ".pt" in request for request in proxy.requests) == 1
     for rank in range(3):
         assert np.array_equal(pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()), state.model.weight.detach())
+
+
+# ---- validating
+
+
+def counted(names: list[str]) -> Metrics:
+    metrics = Metrics("semantic", CLASSES)
+    for name in names:
+        rng = np.random.default_rng(int(name))
+        prediction, truth = (LabelMap(rng.integers(0, 3, (8, 8)).astype(np.uint8), 255) for _ in range(2))
+        metrics.update(name, prediction, truth)
+    return metrics
+
+
+def compute(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+    names = [str(i) for i in range(10)]
+    found = _compute_together(counted(names[rank::3]), index_of(names), rank, 3)
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_all_ranks_know_the_numbers_that_the_first_computes(tmp_path: Path) -> None:
+    mp.spawn(compute, args=(str(tmp_path),), nprocs=3)
+    whole = counted([str(i) for i in range(10)]).compute()
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)] == [whole] * 3
