@@ -72,7 +72,7 @@ def iter_chunks(
 
     A chunk is one task, and short enough to be one block or a few, so that no task waits for room while it holds a CPU.
     The task gets the references of its samples and nothing of the index. One execution spans some hundred chunks, over
-    the ends of epochs; the next one starts before it is through, so that nothing waits for that.
+    the ends of epochs; the next one starts before it is through, so that training hardly waits for it.
 
     Args:
         feed: what to deliver.
