@@ -75,7 +75,7 @@ def build_api(segmenting: Mapping[str, Segmenting], prompting: Mapping[str, Prom
     api = _Api(segmenting, prompting, http, counts)
     app = FastAPI(title="raysseg", version=version("raysseg"), description=openapi.DESCRIPTION)
     token = read_token(http)
-    app.add_middleware(Watch, counts=counts, token=token)
+    app.add_middleware(Watch, counts=counts, token=token, timeout_s=http.timeout_s)
     for kind in (InputError, HTTPException):
         app.add_exception_handler(kind, answer_problem)
     described = [Depends(HTTPBearer(auto_error=False))] if token is not None else []  # Watch is what asks for it

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 _HEALTH_S = 2.0  # between two checks of a replica
 _LOOK_BACK_S = 5.0  # over which the load is averaged
 _CARD_S = 10.0  # for which a card is taken for true
+_SAY_SO_S = 5.0  # after the time of a request is up, for the answer that tells so
 _INGRESS = "_ingress"  # models' names begin otherwise
 _INGRESS_ONGOING = 512  # requests that one process takes in at a time
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # requests are counted instead, see /metrics
@@ -71,7 +72,7 @@ def deploy(job: ServeJob) -> None:
     """
     os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray that is started here: requests give way to nothing
     connect()
-    timeout_s = seconds_of(job.http.timeout)
+    timeout_s = job.http.timeout_s + _SAY_SO_S
     options = HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s)
     serve.start(http_options=options, logging_config=_QUIET)
     running = serve.context._get_global_client().http_config

@@ -47,7 +47,7 @@ def _body(example: dict[str, Any]) -> dict[str, Any]:
     return {"required": True, "content": content}
 
 
-_ERRORS = (400, 401, 403, 404, 413, 415, 422, 503)
+_ERRORS = (400, 401, 403, 404, 413, 415, 422, 503, 504)
 _AS = {
     "name": "as",
     "in": "query",

@@ -139,7 +139,7 @@ def _check_pixels(loaded: _Loaded, pixels: Pixels) -> None:
     if loaded.predictor.sees_whole_images and height * width > loaded.max_pixels:
         raise Refusal(
             413,
-            f"the model would see {width}x{height} pixels at once; allowed: {loaded.max_pixels}. Scale or cut it first, "
+            f"the model would see {width}x{height} pixels at once; allowed: {loaded.max_pixels}. Scale or cut it, "
             "or have the model served with `inference.tile` or a larger `max_pixels`",
         )
 

@@ -442,6 +442,29 @@ def test_pages_load_nothing_from_elsewhere(client: TestClient) -> None:
     assert client.get("/playground/../api.py").status_code == 404
 
 
+def test_what_takes_too_long_is_given_up(
+    bundles: dict[Task, str], photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = threading.Event()
+    predict = Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda *arguments: wait.wait(9) and predict(*arguments))
+    wait.set()
+    with TestClient(
+        build_local_app(job_of({"a": {"bundle": bundles["semantic"]}}, http={"timeout": "1 second"}))
+    ) as client:
+
+        def ask() -> Any:
+            return client.post("/v1/models/a/segment", files={"image": ("a", photo)})
+
+        wait.clear()
+        late = ask()
+        assert late.status_code == 504
+        assert "given up after 1 s" in late.json()["detail"]
+        wait.set()
+        assert ask().status_code == 200
+        assert 'status="504"} 1.0' in client.get("/metrics").text
+
+
 def test_counts(client: TestClient, photo: bytes) -> None:
     client.post("/v1/models/semantic/segment", files={"image": ("a", photo)})
     client.post("/v1/models/nix/segment", files={"image": ("a", photo)})
