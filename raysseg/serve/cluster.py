@@ -42,6 +42,7 @@ from raysseg.serve.segment import Segmenter, find_bundle, read_card
 logger = logging.getLogger(__name__)
 
 _HEALTH_S = 2.0  # between two checks of a replica
+_LOAD_S = 2.0  # between two reports of the load; Ray would have 10, by a variable of each process in time to come
 _LOOK_BACK_S = 5.0  # over which the load is averaged
 _CARD_S = 10.0  # for which a card is taken for true
 _SAY_SO_S = 5.0  # after the time of a request is up, for the answer that tells so
@@ -211,6 +212,7 @@ def _autoscaling(replicas: Replicas) -> AutoscalingConfig:
         min_replicas=least,
         max_replicas=most,
         target_ongoing_requests=max(1, replicas.max_ongoing // 2),
+        metrics_interval_s=_LOAD_S,
         look_back_period_s=_LOOK_BACK_S,
         upscale_delay_s=seconds_of(replicas.upscale_delay),
         downscale_delay_s=seconds_of(replicas.downscale_delay),
