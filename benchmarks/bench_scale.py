@@ -60,6 +60,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "reports": partial(on_ray, scale_ranks.reports_rows),
     "spread": partial(on_ray, scale_ranks.spread_rows),
     "stream": partial(on_ray, scale_ranks.stream_rows),
+    "handover": partial(on_ray, scale_ranks.handover_rows),
 }
 """Those that fork processes come before those in which this one is a client of S3 or of Ray."""
 

@@ -249,6 +249,24 @@ def _time_stream(feed: Feed, steps: int = 100) -> tuple[float, float]:
     return first - started, rate
 
 
+def handover_rows() -> Iterator[Row]:
+    """The longest wait of training that takes 50 ms a step, over four executions of 64 chunks of two steps each."""
+    span, overlap = stream._SPAN, stream._OVERLAP
+    stream._SPAN = 64
+    with TemporaryDirectory() as folder:
+        feed = feed_of(files_over_and_over(folder, 32 * 64 * 4))
+        for when, share in (("when one is through", 0.0), ("early", overlap)):
+            stream._OVERLAP = share
+            waits, asked = [], time.perf_counter()
+            for _ in iter_batches(feed, stream.iter_chunks(feed, lambda _: None, decode="cluster", threads=2)):
+                waits.append(time.perf_counter() - asked)
+                time.sleep(0.05)
+                asked = time.perf_counter()
+            what = f"longest wait for a batch, the next execution begins {when}"
+            yield row("handover", what, len(waits), 1000 * max(waits[100:]), "ms")
+    stream._SPAN, stream._OVERLAP = span, overlap
+
+
 def spread_rows() -> Iterator[Row]:
     """Tasks that do nothing, by their number: all asked for at once, and some hundred at a time."""
     at_once = runtime._AT_ONCE
