@@ -1260,6 +1260,23 @@ def plain_inspect(images: str, masks: str, overrides: Sequence[str] = ()) -> Job
     return compose({"kind": "inspect", "name": name, "classes": listed, "data": data}, overrides, "inspect")
 
 
+def plain_folder(folder: str, overrides: Sequence[str] = ()) -> Job:
+    """The job of `raysseg inspect FOLDER`: of images/ and masks/, or of train/ and val/ with both; and classes.json."""
+    root = Path(storage.absolute(folder))
+    splits = {
+        name: {"format": "masks", **{kind: str(part / kind) for kind in ("images", "masks")}}
+        for name, part in {"": root, "train": root / "train", "val": root / "val"}.items()
+        if (part / "images").is_dir() and (part / "masks").is_dir()
+    }
+    data = splits.pop("", None) or splits
+    if "format" not in data and "train" not in data:
+        mend = "name IMAGES and MASKS, or write an inspect job, which knows other formats"
+        raise JobError(f"{folder}: holds neither images/ and masks/ nor train/ with both; {mend}")
+    listed = str(root / "classes.json") if (root / "classes.json").is_file() else None
+    raw = {"kind": "inspect", "name": _as_name(f"inspect-{root.name}"), "classes": listed, "data": data}
+    return compose(raw, overrides, "inspect")
+
+
 def plain_export(bundle: str, output: str, overrides: Sequence[str] = ()) -> Job:
     """The job of `raysseg export BUNDLE OUT.onnx`."""
     raw = {"kind": "export", "name": _as_name(f"export-{bundle}"), "bundle": bundle, "output": output}
