@@ -84,7 +84,7 @@ def _excluded(excluded: Sequence[Mapping[str, str]], task: str) -> Iterator[str]
         yield from _wrapped(f"- {entry['name']}: {entry['reason']}; back with {entry['mend']}", "  ")
     mends = dict.fromkeys(entry["mend"] for entry, other in zip(excluded, is_other, strict=True) if other)
     if mends:
-        yield from ("", f"{sum(is_other)} models are for other tasks: {', '.join(mends)}")
+        yield from ("", f"{sum(is_other)} models are for other tasks: {'; '.join(mends)}")
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

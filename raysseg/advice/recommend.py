@@ -143,7 +143,7 @@ def recommend(ask: Ask, found: Fingerprint | None = None) -> Recommendation:
     situation = _situation(task, ask, found, guidance)
     able = [name for name, kinds in guidance.kinds.items() if task in kinds]
     costs = _costs(able, ask, found)
-    excluded = [*_excluded_by_task(task, guidance), *_excluded_by_cost(costs, ask)]
+    excluded = [*_excluded_by_task(task, found, guidance), *_excluded_by_cost(costs, ask)]
     left = [name for name in able if name not in {entry.name for entry in excluded}]
     least = min((costs[name].flops for name in left if name in costs), default=None)
     models = [_rank(name, task, situation, guidance, costs.get(name), least) for name in left]
@@ -252,11 +252,15 @@ def _costs(names: Sequence[str], ask: Ask, found: Fingerprint | None) -> dict[st
 # --- what is ruled out, and what is not known ----------------------------------------------------------------------
 
 
-def _excluded_by_task(task: Kind, guidance: Guidance) -> Iterator[Excluded]:
+def _excluded_by_task(task: Kind, found: Fingerprint | None, guidance: Guidance) -> Iterator[Excluded]:
+    open_to = KINDS if found is None else (*DATA_KINDS[found.format], "prompt")
     for name, kinds in guidance.kinds.items():
         if task not in kinds:
             does = "answers prompts" if kinds == ("prompt",) else f"is trained for {' and '.join(kinds)} labels"
-            yield Excluded(name, f"{does}, not for {task}", f"--task {kinds[0]}")
+            mend = next(
+                (f"--task {kind}" for kind in kinds if kind in open_to), f"--task {kinds[0]}, and labels for it"
+            )
+            yield Excluded(name, f"{does}, not for {task}", mend)
 
 
 def _excluded_by_cost(costs: Mapping[str, Cost], ask: Ask) -> Iterator[Excluded]:

@@ -19,6 +19,7 @@ from raysseg.advice.guidance import KINDS, Kind, Priority, UseCase, read_guidanc
 from raysseg.advice.recommend import DATA_KINDS, Ask, Recommendation, recommend, to_job
 from raysseg.catalogue import MODELS, PROMPT_MODELS
 from raysseg.data import FORMATS
+from raysseg.findings.advice import advise
 from raysseg.findings.fingerprint import Advice, ClassFacts, Fingerprint, SplitFacts, read_fingerprint
 from raysseg.findings.fingerprint import Choice as Key
 from raysseg.schema import InputError
@@ -202,6 +203,16 @@ def test_situation_follows_from_the_data(changes: dict[str, Any], name: str, evi
     assert recommend(Ask(), fingerprint(**changes)).situation[name].startswith(evidence)
 
 
+def test_inspecting_names_further_loss_terms_where_they_fit() -> None:
+    def named(**changes: Any) -> set[str]:
+        remarks = " ".join(advise(fingerprint(**changes).train, []).remarks)
+        return {name for name in ("boundary", "tversky", "lovasz") if f"loss.{name}" in remarks}
+
+    assert named() == set()
+    assert named(classes=[class_facts("ground", 0.9), class_facts("pole", 0.1, is_thin=True)]) == {"boundary"}
+    assert named(dominant_share=0.95) == {"tversky"}
+
+
 def test_masks_can_not_be_trained_as_instances() -> None:
     with pytest.raises(InputError, match=r"--task: instance can't be trained from the format masks; allowed: semantic"):
         recommend(Ask("instance"), fingerprint())
@@ -211,6 +222,8 @@ def test_masks_can_not_be_trained_as_instances() -> None:
 def test_other_tasks_say_what_brings_models_back() -> None:
     found = {entry.name: entry for entry in recommend(Ask("semantic")).excluded}
     assert found["maskrcnn-resnet50-fpn"].mend == "--task instance"
+    of_masks = {entry.name: entry for entry in recommend(Ask(), fingerprint()).excluded}
+    assert of_masks["maskrcnn-resnet50-fpn"].mend == "--task instance, and labels for it"
     assert "answers prompts" in found["sam-vit-base"].reason
 
 
