@@ -177,7 +177,9 @@ def _recommend(options: argparse.Namespace) -> dict[str, Any]:
     """Ranks models for what is asked, and for the data if any are named."""
     from raysseg import storage
     from raysseg.advice.amounts import to_bytes, to_seconds
-    from raysseg.advice.recommend import Ask, recommend, to_job
+    from raysseg.advice.draft import to_job
+    from raysseg.advice.recommend import recommend
+    from raysseg.advice.situation import Ask
 
     ask = Ask(
         options.task,

@@ -45,7 +45,7 @@ class Licence(Section):
     is_commercial: bool | None
 
 
-class Start(Section):
+class Beginning(Section):
     """What a model starts from."""
 
     weights: str | dict[Task, str] | None = None
@@ -92,7 +92,7 @@ class Guidance(Section):
     presumed_task: dict[str, Kind]
     data: dict[str, Bound]
     licences: dict[str, Licence]
-    models: dict[str, Start]
+    models: dict[str, Beginning]
     rules: tuple[Rule, ...]
     cost_rules: tuple[CostRule, ...]
     remarks: tuple[Remark, ...]
@@ -104,7 +104,7 @@ class Guidance(Section):
         known |= dict.fromkeys(PROMPT_MODELS, ("prompt",))
         return {name: kinds for name, kinds in known.items() if any(fnmatchcase(name, each) for each in self.models)}
 
-    def start_of(self, name: str) -> Start:
+    def start_of(self, name: str) -> Beginning:
         """What a model starts from."""
         return next(start for pattern, start in self.models.items() if fnmatchcase(name, pattern))
 

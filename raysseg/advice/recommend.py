@@ -7,44 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysseg.advice.amounts import in_gib
-from raysseg.advice.guidance import KINDS, Guidance, Kind, Measure, Priority, Remark, UseCase, read_guidance
+from raysseg.advice.guidance import KINDS, Guidance, Kind, Remark, read_guidance
+from raysseg.advice.situation import DATA_KINDS, Ask, choose_task, situation_of
 from raysseg.catalogue import PROMPT_MODELS
-from raysseg.findings.advice import Start, to_train_job, to_yaml
-from raysseg.findings.fingerprint import COCO_SIDES, Choice, Fingerprint, SplitFacts, Tree
-from raysseg.schema import InputError
+from raysseg.findings.fingerprint import Fingerprint
 
 SIZE = (512, 512)  # pixels, presumed where no data say otherwise
 STEP, LEAST_SIDE = 32, 64  # of crops, in pixels
-DATA_KINDS: Mapping[str, tuple[Kind, ...]] = {
-    "masks": ("semantic",),
-    "huggingface": ("semantic",),
-    "coco": ("instance", "semantic"),
-    "yolo": ("instance", "semantic"),
-    "coco_panoptic": ("panoptic", "instance", "semantic"),
-    "shards": KINDS[:-1],
-}
-"""What a format's labels can be trained for; shards hold what they were written from."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What is asked for; None: not said.
-
-    Attributes:
-        kind: the task, or to answer prompts.
-        priority: what counts most.
-        use_case: what it is for.
-        memory: of a GPU, bytes.
-        latency_s: that an image may take, seconds.
-        gpu: its name, see raysseg.advice.gpus.
-    """
-
-    kind: Kind | None = None
-    priority: Priority | None = None
-    use_case: UseCase | None = None
-    memory: int | None = None
-    latency_s: float | None = None
-    gpu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,8 +108,8 @@ def recommend(ask: Ask, found: Fingerprint | None = None) -> Recommendation:
         InputError: the data can't be trained for this task, or a name is unknown.
     """
     guidance = read_guidance()
-    task, presumed = _choose_task(ask, found, guidance)
-    situation = _situation(task, ask, found, guidance)
+    task, presumed = choose_task(ask, found, guidance)
+    situation = situation_of(task, ask, found, guidance)
     able = [name for name, kinds in guidance.kinds.items() if task in kinds]
     costs = _costs(able, ask, found)
     excluded = [*_excluded_by_task(task, found, guidance), *_excluded_by_cost(costs, ask)]
@@ -160,70 +129,11 @@ def recommend(ask: Ask, found: Fingerprint | None = None) -> Recommendation:
     )
 
 
-# --- what is the case ---------------------------------------------------------------------------------------------
-
-
-def _choose_task(ask: Ask, found: Fingerprint | None, guidance: Guidance) -> tuple[Kind, list[str]]:
-    """The task, and where it is from unless it was asked for."""
-    implied = [name for name in (ask.priority, ask.use_case) if name and name in guidance.presumed_task]
-    prompting = [name for name in implied if guidance.presumed_task[name] == "prompt"]
-    if ask.kind is not None:
-        task, why = ask.kind, None
-    elif prompting:
-        task, why = "prompt", f"for {prompting[0]}"
-    elif found is not None:
-        task, why = found.task, "as the data were inspected for it"
-    elif implied:
-        task, why = guidance.presumed_task[implied[0]], f"for {implied[0]}"
-    else:
-        task, why = "semantic", "as none is named"
-    if found is not None and task != "prompt" and task not in DATA_KINDS[found.format]:
-        allowed = ", ".join(kind for kind in KINDS if kind in DATA_KINDS[found.format])
-        message = f"--task: {task} can't be trained from the format {found.format}; allowed: {allowed}, prompt"
-        raise InputError(f"{message}; instances want COCO or YOLO annotations, segments COCO panoptic: docs/data.md")
-    others = [
-        kind for kind in KINDS if kind != task and (found is None or kind in (*DATA_KINDS[found.format], "prompt"))
-    ]
-    return task, [] if why is None else [f"--task {task}, {why}; others: {', '.join(others)}"]
-
-
-def _situation(task: Kind, ask: Ask, found: Fingerprint | None, guidance: Guidance) -> dict[str, str]:
-    """What the rules go by, each with where it is from."""
-    situation: dict[str, str] = {task: "the task"}
-    if ask.priority:
-        situation[ask.priority] = "the priority"
-    if ask.use_case:
-        situation[ask.use_case] = "the use case"
-    if found is not None:
-        measures = measure(found.train)
-        for name, bound in guidance.data.items():
-            value, shown = measures[bound.measure]
-            if bound.holds(value):
-                situation.setdefault(name, shown)
-    return situation
-
-
-def measure(split: SplitFacts) -> dict[Measure, tuple[float, str]]:
-    """The measures of a split that bounds are for, each with the sentence that says it."""
-    instances = sum(found.instances for found in split.classes)
-    small = sum(found.small for found in split.classes) / max(1, instances)
-    thin = [found.name for found in split.classes if found.is_thin]
-    side, per_image = max(split.height[1], split.width[1]), instances / max(1, split.num_usable)
-    return {
-        "images": (split.num_usable, f"{split.num_usable:,} images"),
-        "small_instances": (small, f"{small:.0%} of the instances are smaller than {COCO_SIDES[0]}x{COCO_SIDES[0]}"),
-        "thin_classes": (len(thin), f"narrower than 4 pixels: {', '.join(thin[:4])}{', ...' if len(thin) > 4 else ''}"),
-        "dominant_share": (split.dominant_share, f"{split.dominant} fills {split.dominant_share:.0%} of the pixels"),
-        "instances": (per_image, f"{per_image:.0f} instances an image"),
-        "side": (side, f"images of {split.width[1]}x{split.height[1]}"),
-    }
+# --- ranking ------------------------------------------------------------------------------------------------------
 
 
 def _holding(remarks: Sequence[Remark], situation: Mapping[str, str]) -> list[Remark]:
     return [remark for remark in remarks if all(part in situation for part in remark.when)]
-
-
-# --- ranking ------------------------------------------------------------------------------------------------------
 
 
 def _rank(
@@ -311,49 +221,3 @@ def _unsure(models: Sequence[Ranked], ask: Ask, guidance: Guidance) -> Iterator[
     doubtful = [name for name, licence in guidance.licences.items() if name in starts and not licence.is_sure]
     if doubtful:
         yield f"licences of weights that should be read before they are built on: {', '.join(doubtful)}"
-
-
-# --- a job --------------------------------------------------------------------------------------------------------
-
-
-def to_job(answer: Recommendation, found: Fingerprint | None) -> str:
-    """A complete job for the first model, YAML with the reasons as comments: to train it, or to serve one with prompts.
-
-    Raises:
-        InputError: every model is ruled out, or there are no data to train on.
-    """
-    if not answer.models:
-        raise InputError("--write-job: every model is ruled out; see what brings them back")
-    best = answer.models[0]
-    reason = "\n".join([f"{best.points} points:", *(_as_line(reason) for reason in best.reasons)])
-    reason += f"\nLicence of the weights: {best.licence}." if best.licence else ""
-    if answer.task == "prompt":
-        return _to_serve_job(best, reason)
-    if found is None:
-        raise InputError("--write-job: a train job wants data: name a fingerprint.json, a folder or an inspect job")
-    start = Start(
-        answer.task, best.name, best.weights, reason, "recommend", list(_choose_batch(best.cost)), answer.remarks
-    )
-    return to_train_job(found, start, storage="runs")
-
-
-def _to_serve_job(best: Ranked, reason: str) -> str:
-    http: Tree = {"host": "127.0.0.1", "port": 8000}
-    models: Tree = {"sam": {"prompt": best.name, "weights": best.weights}}
-    comments = {
-        "kind": "Written by `raysseg recommend`; run it with `raysseg serve`, change what you know better.",
-        "models.sam": reason,
-        "http": "Beyond this machine: host: 0.0.0.0, and token_variable.",
-    }
-    return to_yaml({"kind": "serve", "name": "prompts", "models": models, "http": http}, comments)
-
-
-def _choose_batch(cost: Cost | None) -> Iterator[Choice]:
-    if cost is not None and cost.batch:
-        need = in_gib(cost.fixed_bytes + cost.batch * cost.image_bytes)
-        text = f"Takes about {need}, by estimate; accumulation makes up the global batch. `raysseg plan` knows better."
-        yield Choice("batch.per_worker", cost.batch, text)
-
-
-def _as_line(reason: Reason) -> str:
-    return f"{reason.points:+d}  {reason.reason} ({reason.source})"

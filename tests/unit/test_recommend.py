@@ -15,8 +15,10 @@ import yaml
 
 from raysseg import cli, config
 from raysseg.advice.amounts import in_gib, to_bytes, to_seconds
+from raysseg.advice.draft import to_job
 from raysseg.advice.guidance import KINDS, Kind, Priority, UseCase, read_guidance
-from raysseg.advice.recommend import DATA_KINDS, Ask, Recommendation, recommend, to_job
+from raysseg.advice.recommend import Recommendation, recommend
+from raysseg.advice.situation import DATA_KINDS, Ask
 from raysseg.catalogue import MODELS, PROMPT_MODELS
 from raysseg.data import FORMATS
 from raysseg.findings.advice import advise
@@ -162,6 +164,17 @@ def test_everything_can_be_asked(kind: Kind | None, priority: Priority | None, u
 )
 def test_first_choices(asked: dict[str, Any], expected: str) -> None:
     assert best(**asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [("to begin with", {}), ("the most accurate", {"priority": "accuracy"}), ("the quickest", {"priority": "speed"})],
+)
+def test_the_guide_says_the_same(row: str, asked: dict[str, Any]) -> None:
+    page = (Path(__file__).parents[2] / "docs/choosing.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| {row} |"))
+    named = [cell.split("`")[1] for cell in line.split("|")[2:-1]]
+    assert named == [best(kind=kind, **asked) for kind in KINDS]
 
 
 def test_dc5_is_above_other_detrs_for_small_objects() -> None:
