@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from raysseg.advice import costs
+from raysseg.advice.profiles import COSTS
 from raysseg.catalogue import MODELS
 from raysseg.schema import Task
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="write raysseg/advice/costs.json")
     options = parser.parse_args()
     if options.costs:
-        write_costs(Path(costs.__file__).parent / "costs.json")
+        write_costs(COSTS)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from raysseg import config
 from raysseg.advice.phantom import Phantom, Phantoms, gpu_rules
+from raysseg.advice.profiles import Profile
 from raysseg.config import Precision, TrainJob
 from raysseg.data import read_class_map
 from raysseg.loop import TrainState, backward, build_state, update
@@ -23,8 +21,6 @@ from raysseg.schema import ClassMap, Task
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 NUM_REGIONS = 16  # of an image, where nobody knows how many it has
-
-_COSTS = Path(__file__).parent / "costs.json"
 
 
 @dataclass(frozen=True)
@@ -218,29 +214,6 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 # --- profiles -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What a model costs.
-
-    Attributes:
-        parameters: all of them.
-        trainable: those that learn from scratch.
-        flops_forward: of an image's forward pass and loss; a multiplication and an addition are two.
-        flops_training: of an image's forward and backward pass.
-        bytes_fixed: weights, gradients, the optimiser's state, and what else a batch does not change.
-        bytes_per_image: by which each image of a micro-batch raises the most memory that a step takes.
-        traffic_per_image: bytes that operations read and write in an image's forward and backward pass.
-    """
-
-    parameters: int
-    trainable: int
-    flops_forward: int
-    flops_training: int
-    bytes_fixed: int
-    bytes_per_image: int
-    traffic_per_image: int
-
-
 def profile(model: str, task: Task, num_classes: int, size: tuple[int, int], precision: Precision = "bf16") -> Profile:
     """What training takes on a GPU, from scratch, with the settings of the model's authors.
 
@@ -277,13 +250,3 @@ def profile(model: str, task: Task, num_classes: int, size: tuple[int, int], pre
         bytes_per_image=slope,
         traffic_per_image=many.traffic // 3,
     )
-
-
-@cache
-def read_costs() -> dict[str, dict[str, Profile]]:
-    """The profile of each model of the catalogue but the tiny ones, by task: of 21 classes, 512x512, bf16.
-
-    `python -m benchmarks.bench_plan --costs` writes them.
-    """
-    content = json.loads(_COSTS.read_text())
-    return {model: {task: Profile(**row) for task, row in tasks.items()} for model, tasks in content.items()}

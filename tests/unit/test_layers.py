@@ -20,7 +20,7 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"loop", "bundle", "tiling"},
     {"checkpoint", "predictor", "report", "runtime"},
     {"standing", "findings", "conductor"},
-    {"saver"},
+    {"advice", "saver"},
     {"worker"},
     {"evaluate", "shard", "fingerprint", "export", "importance", "study", "labelling", "serve"},
     {"validation", "inputs", "tuning_page", "predict"},
