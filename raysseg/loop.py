@@ -318,9 +318,9 @@ def fit(
             micro_batches, pairs, wait_s = ahead
             lr = _prepare(state, job, total)
             statistics.keep()
-            parts = _backward(model, state, pairs, dtype)
+            parts = backward(model, state, pairs, dtype)
             ahead = _fetch(batches, job, epoch, device) if stop < num_samples else None  # while the device computes
-            is_finite = _update(state, job)
+            is_finite = update(state, job)
             state.step += 1
             state.ledger = Ledger(epoch, stop, order_hash)
             incident = None
@@ -376,7 +376,7 @@ def _fetch(batches: Iterator[list[Batch]], job: config.TrainJob, epoch: int, dev
     return _Fetched(micro_batches, [move(batch) for batch in micro_batches], wait_s)
 
 
-def _backward(
+def backward(
     model: nn.Module, state: TrainState, pairs: list[tuple[Tensor, Targets]], dtype: torch.dtype
 ) -> list[dict[str, Tensor]]:
     """The gradient of a global batch; returns this rank's losses by micro-batch, scaled to the whole.
@@ -400,7 +400,7 @@ def _backward(
     return parts
 
 
-def _update(state: TrainState, job: config.TrainJob) -> bool:
+def update(state: TrainState, job: config.TrainJob) -> bool:
     """Applies the gradient, unless it is not finite; every rank has the same one, and decides alike."""
     state.scaler.unscale_(state.optimizer)
     parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]

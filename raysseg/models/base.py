@@ -115,6 +115,9 @@ class SegModel(nn.Module, ABC):
     def set_limits(self, inference: Inference) -> None:
         """What `decode` will be asked for, before forward passes in evaluation; for models that look for no more."""
 
+    def work_most(self) -> None:
+        """From here on, a step takes as much memory as any step of a training may; to find out how much that is."""
+
     @abstractmethod
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """What the losses average over, countable before forward; adds up over micro-batches and ranks."""

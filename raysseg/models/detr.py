@@ -127,9 +127,21 @@ def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights
         net = DetrForSegmentation(config)
         net.detr = detector
         logger.info("weights: %s find boxes alone; the mask head is new", model.weights)
+    _freeze_stem(net)
+    return Detr(net, classes, task, class_weights)
+
+
+def outline(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights: Sequence[float] | None) -> Detr:
+    """A DETR that trains as one with weights does, without them."""
+    net = _from_scratch(model.name, classes)
+    _freeze_stem(net)
+    return Detr(net, classes, task, class_weights)
+
+
+def _freeze_stem(net: DetrForSegmentation) -> None:
+    """The stem and the first stage stay as they are."""
     for name, parameter in net.detr.model.backbone.named_parameters():
         parameter.requires_grad_(any(stage in name for stage in ("layer2", "layer3", "layer4")))
-    return Detr(net, classes, task, class_weights)
 
 
 def load(name: str, folder: Path, classes: ClassMap, task: Task) -> Detr:
