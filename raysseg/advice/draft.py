@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raysseg.advice.amounts import in_gib
-from raysseg.advice.recommend import Cost, Ranked, Recommendation
+from raysseg.advice.estimates import RESERVED, SLACK, Cost
+from raysseg.advice.recommend import Ranked, Recommendation
 from raysseg.findings.advice import Start, to_train_job, to_yaml
 from raysseg.findings.fingerprint import Choice, Fingerprint, Tree
 from raysseg.schema import InputError
@@ -46,6 +47,6 @@ def _to_serve_job(best: Ranked, reason: str) -> str:
 
 def _choose_batch(cost: Cost | None) -> Iterator[Choice]:
     if cost is not None and cost.batch:
-        need = in_gib(cost.fixed_bytes + cost.batch * cost.image_bytes)
+        need = in_gib(RESERVED + cost.fixed_bytes + SLACK * cost.batch * cost.image_bytes)
         text = f"Takes about {need}, by estimate; accumulation makes up the global batch. `raysseg plan` knows better."
         yield Choice("batch.per_worker", cost.batch, text)

@@ -71,7 +71,7 @@ class Rule(Section):
 
 
 class CostRule(Section):
-    """Points for each doubling of the FLOPs over the least."""
+    """Points for each doubling of a prediction's FLOPs over the least; the reason goes on with the cheapest's name."""
 
     when: tuple[str, ...]
     points: int

@@ -23,7 +23,8 @@ def _lines(answer: Mapping[str, Any]) -> Iterator[str]:
     models: Sequence[Mapping[str, Any]] = answer["models"]
     for place, model in enumerate(models[:_SHOWN], 1):
         yield ""
-        yield f"{place}. {model['name']}  {model['points']} points{_lead(models, place)}"
+        unit = "point" if abs(model["points"]) == 1 else "points"
+        yield f"{place}. {model['name']}  {model['points']} {unit}{_lead(models, place)}"
         yield from _about(model)
     if len(models) > _SHOWN:
         rest = ", ".join(f"{model['name']} {model['points']}" for model in models[_SHOWN:])
@@ -48,11 +49,9 @@ def _lead(models: Sequence[Mapping[str, Any]], place: int) -> str:
     lead = model["points"] - other["points"]
     if lead:
         return f", {lead} ahead of {other['name']}"
-    if model["cost"] and other["cost"] and model["cost"]["flops"] < other["cost"]["flops"]:
-        return (
-            f", as {other['name']}, which takes {other['cost']['flops'] / model['cost']['flops']:.1f} times the FLOPs"
-        )
-    return f", as {other['name']}, which comes later in the catalogue"
+    factor = other["cost"]["flops"] / model["cost"]["flops"] if model["cost"] and other["cost"] else 1.0
+    more = f", which takes {factor:.1f} times the FLOPs" if factor >= 1.05 else ""
+    return f", even with {other['name']}{more}"
 
 
 def _about(model: Mapping[str, Any]) -> Iterator[str]:
@@ -65,13 +64,16 @@ def _about(model: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
-    height, width = cost["size"]
+    height, width = cost["crop"]
     text = (
-        f"{cost['parameters'] / 1e6:.1f} M parameters; {cost['flops'] / 1e9:.0f} GFLOPs an image of {width}x{height}; "
-        f"training takes about {in_gib(cost['fixed_bytes'])} and {in_gib(cost['image_bytes'])} an image"
+        f"{cost['parameters'] / 1e6:.1f} M parameters; {cost['flops'] / 1e9:.0f} GFLOPs an image of 512x512; training "
+        f"takes about {in_gib(cost['fixed_bytes'])} and {in_gib(cost['image_bytes'])} for each crop of {width}x{height}"
     )
-    text += f": {cost['batch']} fit" if cost["batch"] else ""
-    return text + (f"; about {cost['latency_s'] * 1000:.0f} ms an image" if cost["latency_s"] else "")
+    text += f", of which {cost['batch']} fit" if cost["batch"] else ""
+    if cost["latency_s"] is None:
+        return text
+    height, width = cost["size"]
+    return f"{text}; about {cost['latency_s'] * 1000:.3g} ms an image of {width}x{height}"
 
 
 def _excluded(excluded: Sequence[Mapping[str, str]], task: str) -> Iterator[str]:

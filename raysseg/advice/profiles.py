@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 COSTS = Path(__file__).parent / "costs.json"
+PREDICTIONS = Path(__file__).parent / "predictions.json"
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,25 @@ def read_costs() -> dict[str, dict[str, Profile]]:
     """
     content = json.loads(COSTS.read_text())
     return {model: {task: Profile(**row) for task, row in tasks.items()} for model, tasks in content.items()}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an image takes in prediction.
+
+    Attributes:
+        flops: of its forward pass; a multiplication and an addition are two.
+        traffic: bytes that operations read and write.
+    """
+
+    flops: int
+    traffic: int
+
+
+@cache
+def read_predictions() -> dict[str, Prediction]:
+    """What each model of `read_costs` takes to predict an image of 512x512 in bf16.
+
+    `python -m benchmarks.bench_predictions` writes them.
+    """
+    return {model: Prediction(**row) for model, row in json.loads(PREDICTIONS.read_text()).items()}

@@ -7,36 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysseg.advice.amounts import in_gib
+from raysseg.advice.estimates import GPU, RESERVED, SIZE, SLACK, Cost, estimate_costs, memory_of
 from raysseg.advice.guidance import KINDS, Guidance, Kind, Remark, read_guidance
 from raysseg.advice.situation import DATA_KINDS, Ask, choose_task, situation_of
 from raysseg.catalogue import PROMPT_MODELS
 from raysseg.findings.fingerprint import Fingerprint
 
-SIZE = (512, 512)  # pixels, presumed where no data say otherwise
 STEP, LEAST_SIDE = 32, 64  # of crops, in pixels
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model takes, by estimates; `raysseg plan` knows a job's own.
-
-    Attributes:
-        size: of the images, (height, width).
-        parameters: of the model.
-        flops: of a forward pass over an image.
-        fixed_bytes: of training: weights, gradients, the optimiser's state.
-        image_bytes: of training, for each image of a batch.
-        batch: the most images that fit into the memory that was named, 16 at most; None: none was named.
-        latency_s: of an image on the GPU that was named; None: none was named.
-    """
-
-    size: tuple[int, int]
-    parameters: int
-    flops: float
-    fixed_bytes: int
-    image_bytes: int
-    batch: int | None
-    latency_s: float | None
 
 
 @dataclass(frozen=True)
@@ -111,11 +88,11 @@ def recommend(ask: Ask, found: Fingerprint | None = None) -> Recommendation:
     task, presumed = choose_task(ask, found, guidance)
     situation = situation_of(task, ask, found, guidance)
     able = [name for name, kinds in guidance.kinds.items() if task in kinds]
-    costs = _costs(able, ask, found)
+    costs = estimate_costs(able, task, ask, found)
     excluded = [*_excluded_by_task(task, found, guidance), *_excluded_by_cost(costs, ask)]
     left = [name for name in able if name not in {entry.name for entry in excluded}]
-    least = min((costs[name].flops for name in left if name in costs), default=None)
-    models = [_rank(name, task, situation, guidance, costs.get(name), least) for name in left]
+    cheapest = min((name for name in left if name in costs), key=lambda name: costs[name].flops, default=None)
+    models = [_rank(name, task, situation, guidance, costs, cheapest) for name in left]
     order = list(guidance.kinds)
     models.sort(key=lambda m: (-m.points, m.cost.flops if m.cost else math.inf, order.index(m.name)))
     return Recommendation(
@@ -137,26 +114,26 @@ def _holding(remarks: Sequence[Remark], situation: Mapping[str, str]) -> list[Re
 
 
 def _rank(
-    name: str, task: Kind, situation: Mapping[str, str], guidance: Guidance, cost: Cost | None, least: float | None
+    name: str,
+    task: Kind,
+    situation: Mapping[str, str],
+    guidance: Guidance,
+    costs: Mapping[str, Cost],
+    cheapest: str | None,
 ) -> Ranked:
-    """A model with its reasons; `least` are the fewest FLOPs of any model that is left."""
+    """A model with its reasons; the cheapest is that of the fewest FLOPs of those that are left."""
     reasons = [Reason(rule.points, rule.reason, rule.source) for rule in guidance.rules_for(name, situation)]
     for rule in guidance.cost_rules:
-        if cost is not None and least and all(part in situation for part in rule.when):
-            factor = cost.flops / least
+        if cheapest and name in costs and all(part in situation for part in rule.when):
+            factor = costs[name].flops / costs[cheapest].flops
             if points := rule.points * round(math.log2(factor)):
-                reasons.append(Reason(points, f"{factor:.1f} {rule.reason}", "raysseg/advice/costs.json"))
+                reasons.append(
+                    Reason(points, f"{factor:.1f} {rule.reason} {cheapest}", "raysseg/advice/predictions.json")
+                )
     start = guidance.start_of(name)
     weights = PROMPT_MODELS[name] if task == "prompt" else start.weights_for(task)
     licence = guidance.licences[start.licence].text if start.licence else None
-    return Ranked(name, weights, licence, sum(reason.points for reason in reasons), reasons, cost)
-
-
-# --- costs --------------------------------------------------------------------------------------------------------
-
-
-def _costs(names: Sequence[str], ask: Ask, found: Fingerprint | None) -> dict[str, Cost]:
-    return {}
+    return Ranked(name, weights, licence, sum(reason.points for reason in reasons), reasons, costs.get(name))
 
 
 # --- what is ruled out, and what is not known ----------------------------------------------------------------------
@@ -174,49 +151,53 @@ def _excluded_by_task(task: Kind, found: Fingerprint | None, guidance: Guidance)
 
 
 def _excluded_by_cost(costs: Mapping[str, Cost], ask: Ask) -> Iterator[Excluded]:
+    memory = memory_of(ask)
     for name, cost in costs.items():
-        height, width = cost.size
-        if cost.batch == 0 and ask.memory is not None:
-            need = cost.fixed_bytes + cost.image_bytes
-            yield Excluded(
-                name,
-                f"training on one image of {width}x{height} takes about {in_gib(need)} of {in_gib(ask.memory)}",
-                _fitting(cost, ask.memory),
-            )
+        if cost.batch == 0 and memory is not None:
+            need = RESERVED + cost.fixed_bytes + SLACK * cost.image_bytes
+            text = f"training takes about {in_gib(need)} for one image of {_shown(cost.crop)}, of {in_gib(memory)}"
+            yield Excluded(name, text, _fitting(cost, memory))
         elif ask.latency_s is not None and cost.latency_s is not None and cost.latency_s > ask.latency_s:
-            yield Excluded(
-                name,
-                f"about {cost.latency_s * 1000:.0f} ms an image, more than {ask.latency_s * 1000:g}",
-                f"--latency {cost.latency_s * 1000:.0f}ms, a faster GPU, or smaller images (data.size)",
-            )
+            took = f"{cost.latency_s * 1000:.3g}ms"
+            text = f"about {took} an image of {_shown(cost.size)}, more than {ask.latency_s * 1000:g}ms"
+            yield Excluded(name, text, f"--latency {took}, a faster --gpu, or smaller images (data.size)")
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
 
 
 def _fitting(cost: Cost, memory: int) -> str:
     """How one image would fit: crops of fewer pixels, or more memory."""
-    more = f"--gpu-memory {math.ceil((cost.fixed_bytes + cost.image_bytes) / 2**30)}GiB"
-    room = (memory - cost.fixed_bytes) / cost.image_bytes
-    sides = [math.floor(side * math.sqrt(max(0.0, room)) / STEP) * STEP for side in cost.size]
+    need = RESERVED + cost.fixed_bytes + SLACK * cost.image_bytes
+    more = f"--gpu-memory {math.ceil(need / 2**30)}GiB"
+    part = max(0.0, memory - RESERVED - cost.fixed_bytes) / (SLACK * cost.image_bytes)
+    sides = [math.floor(side * math.sqrt(part) / STEP) * STEP for side in cost.crop]
     return f"{more}, or data.crop: {sides}" if min(sides) >= LEAST_SIDE else more
 
 
 def _presumed(task: Kind, ask: Ask, found: Fingerprint | None) -> Iterator[str]:
-    if task == "prompt":
-        return
-    if found is None:
+    if ask.latency_s is not None and ask.gpu is None and task != "prompt":
+        yield f"--gpu {GPU}, for the latency"
+    if found is None and task != "prompt":
         yield (
-            f"images of {SIZE[1]}x{SIZE[0]}; their number, imbalance and small things count for nothing yet: name the "
+            f"images of {_shown(SIZE)}; their number, imbalance and small things count for nothing yet: name the "
             "data, or their fingerprint.json"
         )
-    elif len(found.splits) == 1:
-        yield "the data are for training; validation wants a split of its own"
 
 
 def _unsure(models: Sequence[Ranked], ask: Ask, guidance: Guidance) -> Iterator[str]:
     yield "points are for what is published and what was measured here; on your data, train the first two and compare"
-    if any(model.cost for model in models):
-        yield "memory and FLOPs are estimates, scaled by pixels from 512x512; `raysseg plan` takes a job's own settings"
-    if ask.latency_s is not None:
-        yield "latency is an estimate from FLOPs until it is measured: `raysseg plan --measure`"
+    costs = [model.cost for model in models if model.cost]
+    if costs:
+        yield "memory and FLOPs are worked out for 512x512 and scaled by pixels; `raysseg plan JOB` takes a job's own"
+    if any(cost.latency_s is not None for cost in costs):
+        yield (
+            "latency is an estimate from operations and data sheets, until it is measured: `raysseg plan --measure`; "
+            "decoding and what masks are made of come on top"
+        )
+    if len(costs) < len(models) and (memory_of(ask) is not None or ask.latency_s is not None):
+        yield "memory and latency of prompted models are not tabulated: they rule none out"
     starts = [guidance.start_of(model.name).licence for model in models]
     doubtful = [name for name, licence in guidance.licences.items() if name in starts and not licence.is_sure]
     if doubtful:

@@ -240,6 +240,87 @@ def test_other_tasks_say_what_brings_models_back() -> None:
     assert "answers prompts" in found["sam-vit-base"].reason
 
 
+# --- costs --------------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_tabulated_for_every_model_that_is_trained() -> None:
+    for kind in KINDS[:-1]:
+        for model in recommend(Ask(kind)).models:
+            assert model.cost is not None, model.name
+            assert model.cost.latency_s is None
+            assert model.cost.batch is None
+
+
+def test_of_equal_points_the_fewer_flops_come_first() -> None:
+    models = [model for kind in KINDS[:-1] for model in recommend(Ask(kind)).models]
+    pairs = [(one, other) for one, other in zip(models, models[1:], strict=False) if one.points == other.points]
+    assert len(pairs) > 5
+    assert all(one.cost and other.cost and one.cost.flops <= other.cost.flops for one, other in pairs)
+
+
+def test_memory_rules_out_and_says_what_brings_back() -> None:
+    found = recommend(Ask("panoptic", memory=6 * 2**30))
+    out = {entry.name: entry for entry in found.excluded if "training takes" in entry.reason}
+    assert {"detr-resnet-50", "detr-resnet-50-dc5"} <= out.keys()
+    assert "mask2former-swin-tiny" not in out
+    entry = out["detr-resnet-50"]
+    assert entry.reason.endswith("for one image of 512x512, of 6 GiB")
+    memory, crop = entry.mend.removeprefix("--gpu-memory ").split(", or data.crop: ")
+    names = [model.name for model in recommend(Ask("panoptic", memory=to_bytes(memory, ""))).models]
+    assert entry.name in names
+    smaller = fingerprint(SOURCES["coco_panoptic"])
+    smaller = replace(smaller, advice=Advice([Key("data.crop", json.loads(crop), "")], []))
+    assert entry.name in [model.name for model in recommend(Ask("panoptic", memory=6 * 2**30), smaller).models]
+
+
+def test_the_batch_that_fits_goes_into_the_job() -> None:
+    data = fingerprint(num_usable=300)
+    for memory, expected in ((4, range(1, 16)), (80, [16])):
+        answer = recommend(Ask(memory=memory * 2**30), data)
+        job = config.parse(yaml.safe_load(to_job(answer, data)))
+        assert isinstance(job, config.TrainJob)
+        cost = answer.models[0].cost
+        assert cost is not None
+        assert job.batch.per_worker == cost.batch
+        assert cost.batch in expected
+        assert cost.fixed_bytes + (cost.batch or 0) * cost.image_bytes < memory * 2**30
+
+
+def test_latency_rules_out_on_the_gpu_that_is_named() -> None:
+    slow, fast = (recommend(Ask("panoptic", latency_s=0.02, gpu=gpu)) for gpu in ("T4", "h100"))
+    assert {entry.name for entry in fast.excluded} < {entry.name for entry in slow.excluded}
+    assert [model.name for model in fast.models if model.name not in {m.name for m in slow.models}]
+    assert all(model.cost and model.cost.latency_s and model.cost.latency_s <= 0.02 for model in fast.models)
+    assert any("estimate" in text and "--measure" in text for text in fast.unsure)
+    entry = next(entry for entry in slow.excluded if "ms an image of 512x512, more than 20ms" in entry.reason)
+    assert entry.mend.startswith("--latency ")
+
+
+def test_larger_images_take_longer() -> None:
+    small, large = (recommend(Ask(gpu="A10G"), fingerprint(width=(w, w, w))).models[0].cost for w in (480, 960))
+    assert small
+    assert large
+    assert large.latency_s == pytest.approx(2 * (small.latency_s or 0))
+
+
+def test_a_gpu_is_presumed_for_latency_and_must_be_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--gpu A10G, for the latency" in recommend(Ask(latency_s=1.0)).presumed
+    assert "known: T4" in refused(capsys, "--gpu", "abacus")
+
+
+def test_prompted_models_are_not_ruled_out_by_costs() -> None:
+    found = recommend(Ask("prompt", memory=2**30, latency_s=1e-3))
+    assert len(found.models) == len(PROMPT_MODELS)
+    assert any("are not tabulated" in text for text in found.unsure)
+
+
+def test_speed_counts_doublings_of_flops() -> None:
+    for model in recommend(Ask("semantic", "speed")).models:
+        slower = [reason for reason in model.reasons if "times the FLOPs of segformer-b0" in reason.reason]
+        assert len(slower) == (model.name != "segformer-b0")
+        assert all(reason.points < 0 for reason in slower)
+
+
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 

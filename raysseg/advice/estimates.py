@@ -1,0 +1,121 @@
+"""What the models take for images of the data's size, from the table of costs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raysseg.advice.gpus import Gpu, find_gpu
+from raysseg.advice.profiles import Prediction, Profile, read_costs, read_predictions
+from raysseg.advice.situation import Ask
+from raysseg.findings.fingerprint import Fingerprint
+
+SIZE = (512, 512)  # pixels: of the table, and presumed where no data say otherwise
+GPU = "A10G"  # for latency, where none is named
+RESERVED = 2**30  # bytes of a GPU that CUDA, cuBLAS and cuDNN take
+SLACK = 1.05  # of what images take: blocks of the allocator that are free, but too small
+MOST = 16  # images of a worker's batch, beyond which little is gained
+FLOPS_SHARE, BANDWIDTH_SHARE = 1 / 3, 0.65  # of the rates of data sheets, that models come to
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model takes, by estimates; `raysseg plan` knows a job's own.
+
+    Attributes:
+        crop: (height, width) of training.
+        parameters: of the model.
+        flops: of predicting an image of 512x512; a multiplication and an addition are two.
+        fixed_bytes: of training: weights, gradients, the optimiser's state.
+        image_bytes: of training, for each crop of a batch.
+        batch: the most crops that fit into the memory that was named, 16 at most; None: none was named.
+        size: (height, width) of the images that latency is of.
+        latency_s: of such an image alone, on the GPU that was named or presumed; None: none was.
+    """
+
+    crop: tuple[int, int]
+    parameters: int
+    flops: float
+    fixed_bytes: int
+    image_bytes: int
+    batch: int | None
+    size: tuple[int, int]
+    latency_s: float | None
+
+
+def estimate_costs(names: Sequence[str], task: str, ask: Ask, found: Fingerprint | None) -> dict[str, Cost]:
+    """The costs of those models that the table holds; prompted models are not among them.
+
+    Raises:
+        InputError: the GPU is unknown.
+    """
+    table, predictions = read_costs(), read_predictions()
+    gpu = gpu_of(ask)
+    memory = memory_of(ask)
+    crop, size = _crop_of(found), _size_of(found)
+    return {
+        name: _estimate(table[name][task], predictions[name], crop, size, memory, gpu)
+        for name in names
+        if task in table.get(name, {})
+    }
+
+
+def memory_of(ask: Ask) -> int | None:
+    """Bytes of the GPU that was named, or that were."""
+    if ask.memory is not None or ask.gpu is None:
+        return ask.memory
+    return round(find_gpu(ask.gpu).memory * 2**30)
+
+
+def gpu_of(ask: Ask) -> Gpu | None:
+    """The GPU whose speed counts, if any does."""
+    if ask.gpu is None and ask.latency_s is None:
+        return None
+    return find_gpu(ask.gpu or GPU)
+
+
+def _estimate(
+    profile: Profile,
+    prediction: Prediction,
+    crop: tuple[int, int],
+    size: tuple[int, int],
+    memory: int | None,
+    gpu: Gpu | None,
+) -> Cost:
+    """Memory and time go by pixels; of attention over all pixels they grow faster, which is left out."""
+    image_bytes = round(profile.bytes_per_image * _area(crop) / _area(SIZE))
+    room = None if memory is None else (memory - RESERVED - profile.bytes_fixed) / (SLACK * image_bytes)
+    return Cost(
+        crop=crop,
+        parameters=profile.parameters,
+        flops=prediction.flops,
+        fixed_bytes=profile.bytes_fixed,
+        image_bytes=image_bytes,
+        batch=None if room is None else max(0, min(MOST, int(room))),
+        size=size,
+        latency_s=None if gpu is None else _latency(prediction, gpu) * _area(size) / _area(SIZE),
+    )
+
+
+def _latency(prediction: Prediction, gpu: Gpu) -> float:
+    """Seconds for an image of SIZE: for its operations or for its memory's traffic, whichever takes longer."""
+    rate = gpu.half if gpu.has_bf16 else gpu.single
+    traffic = prediction.traffic * (1 if gpu.has_bf16 else 2)
+    by_flops = prediction.flops / (rate * 1e12 * FLOPS_SHARE)
+    return max(by_flops, traffic / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE))
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _crop_of(found: Fingerprint | None) -> tuple[int, int]:
+    advised = [choice.value for choice in found.advice.choices if choice.key == "data.crop"] if found else []
+    for value in advised:
+        if isinstance(value, list) and len(value) == 2:
+            return int(value[0]), int(value[1])
+    return SIZE
+
+
+def _size_of(found: Fingerprint | None) -> tuple[int, int]:
+    return SIZE if found is None else (found.train.height[1], found.train.width[1])
