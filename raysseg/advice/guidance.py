@@ -112,6 +112,12 @@ class Guidance(Section):
         """The rules that give a model points, in the table's order."""
         return [rule for rule in self.rules if rule.holds(name, situation)]
 
+    def traits_for(self, kind: Kind) -> set[str]:
+        """The traits of data on which a rule or a remark for this task depends."""
+        whens = [each.when for each in (*self.rules, *self.remarks)]
+        others = set(KINDS) - {kind}
+        return {part for when in whens if not others & set(when) for part in when} & self.data.keys()
+
 
 @cache
 def read_guidance() -> Guidance:

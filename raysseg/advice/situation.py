@@ -78,9 +78,9 @@ def situation_of(task: Kind, ask: Ask, found: Fingerprint | None, guidance: Guid
         situation[ask.use_case] = "the use case"
     if found is not None:
         measures = measure(found.train)
-        for name, bound in guidance.data.items():
-            value, shown = measures[bound.measure]
-            if bound.holds(value):
+        for name in sorted(guidance.traits_for(task), key=list(guidance.data).index):
+            value, shown = measures[guidance.data[name].measure]
+            if guidance.data[name].holds(value):
                 situation.setdefault(name, shown)
     return situation
 
@@ -90,12 +90,13 @@ def measure(split: SplitFacts) -> dict[Measure, tuple[float, str]]:
     instances = sum(found.instances for found in split.classes)
     small = sum(found.small for found in split.classes) / max(1, instances)
     thin = [found.name for found in split.classes if found.is_thin]
+    dominant_share = split.dominant_share if sum(found.pixels > 0 for found in split.classes) > 1 else 0.0
     side, per_image = max(split.height[1], split.width[1]), instances / max(1, split.num_usable)
     return {
         "images": (split.num_usable, f"{split.num_usable:,} images"),
         "small_instances": (small, f"{small:.0%} of the instances are smaller than {COCO_SIDES[0]}x{COCO_SIDES[0]}"),
         "thin_classes": (len(thin), f"narrower than 4 pixels: {', '.join(thin[:4])}{', ...' if len(thin) > 4 else ''}"),
-        "dominant_share": (split.dominant_share, f"{split.dominant} fills {split.dominant_share:.0%} of the pixels"),
+        "dominant_share": (dominant_share, f"{split.dominant} fills {split.dominant_share:.0%} of the pixels"),
         "instances": (per_image, f"{per_image:.0f} instances an image"),
         "side": (side, f"images of {split.width[1]}x{split.height[1]}"),
     }
