@@ -121,6 +121,34 @@ def test_a_job_is_sent_followed_and_ends_with_its_own_result(head: str, job: tup
     assert (row["job"], row["status"]) == ("train sent", "SUCCEEDED")
 
 
+def test_a_stopped_job_goes_on_when_it_is_sent_again_by_rays_own_command(head: str, job: tuple[Path, str]) -> None:
+    path, bucket = job
+    where = {"DATA": bucket, "RUNS": f"{bucket}/runs"}
+    sent = submitted(str(path), "schedule.epochs=20", "--address", head, "--no-wait", "--json", **where)
+    job_id = json.loads(sent.stdout)["id"]
+    deadline = time.monotonic() + 200
+    while not storage.exists(f"{bucket}/runs/sent/metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(1)
+    stopped = submitted("--stop", job_id, "--address", head, "--json")
+    assert stopped.returncode == 0, stopped.stderr
+    assert json.loads(stopped.stdout)["status"].startswith(f"{job_id} was stopped")
+    epochs = len(rows(f"{bucket}/runs/sent"))
+    assert 1 <= epochs < 20
+
+    variables = json.dumps({"env_vars": where})
+    rays = ["job", "submit", "--address", head, "--working-dir", str(path.parent), "--runtime-env-json", variables]
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", *rays, "--", "raysseg", "train", path.name, "schedule.epochs=20"],
+        env={**os.environ, **TOKEN},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["epoch"] for row in rows(f"{bucket}/runs/sent")] == list(range(20))
+    assert storage.exists(f"{bucket}/runs/sent/bundle/bundle.json")
+
+
 def test_a_jobs_failure_is_the_commands(head: str, job: tuple[Path, str]) -> None:
     path, bucket = job
     gone = submitted(str(path), "--address", head, DATA=f"{bucket}/nowhere", RUNS=f"{bucket}/runs")
