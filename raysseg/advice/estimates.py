@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raysseg.advice.gpus import Gpu, find_gpu
-from raysseg.advice.profiles import Prediction, Profile, read_costs, read_predictions
+from raysseg.advice.profiles import Extent, Profile, read_costs, read_extents
 from raysseg.advice.situation import Ask
 from raysseg.findings.fingerprint import Fingerprint
 
@@ -14,6 +14,7 @@ SIZE = (512, 512)  # pixels: of the table, and presumed where no data say otherw
 GPU = "A10G"  # for latency, where none is named
 RESERVED = 2**30  # bytes of a GPU that CUDA, cuBLAS and cuDNN take
 SLACK = 1.05  # of what images take: blocks of the allocator that are free, but too small
+STEP, LEAST_SIDE = 32, 64  # of crops, in pixels
 MOST = 16  # images of a worker's batch, beyond which little is gained
 FLOPS_SHARE, BANDWIDTH_SHARE = 1 / 3, 0.65  # of the rates of data sheets, that models come to
 
@@ -29,6 +30,7 @@ class Cost:
         fixed_bytes: of training: weights, gradients, the optimiser's state.
         image_bytes: of training, for each crop of a batch.
         batch: the most crops that fit into the memory that was named, 16 at most; None: none was named.
+        smaller: the largest crop of this shape that fits, where this one does not; None: it does, or none does.
         size: (height, width) of the images that latency is of.
         latency_s: of such an image alone, on the GPU that was named or presumed; None: none was.
     """
@@ -39,6 +41,7 @@ class Cost:
     fixed_bytes: int
     image_bytes: int
     batch: int | None
+    smaller: tuple[int, int] | None
     size: tuple[int, int]
     latency_s: float | None
 
@@ -49,12 +52,12 @@ def estimate_costs(names: Sequence[str], task: str, ask: Ask, found: Fingerprint
     Raises:
         InputError: the GPU is unknown.
     """
-    table, predictions = read_costs(), read_predictions()
+    table, extents = read_costs(), read_extents()
     gpu = gpu_of(ask)
     memory = memory_of(ask)
     crop, size = _crop_of(found), _size_of(found)
     return {
-        name: _estimate(table[name][task], predictions[name], crop, size, memory, gpu)
+        name: _estimate(table[name][task], extents[name], crop, size, memory, gpu)
         for name in names
         if task in table.get(name, {})
     }
@@ -74,34 +77,53 @@ def gpu_of(ask: Ask) -> Gpu | None:
     return find_gpu(ask.gpu or GPU)
 
 
+def image_bytes(profile: Profile, extent: Extent, size: tuple[int, int]) -> int:
+    """Bytes of training for each crop of a batch: between the sizes that are known they grow with the pixels."""
+    known = ((256, extent.bytes_per_image_256), (512, profile.bytes_per_image), (1024, extent.bytes_per_image_1024))
+    (low, least), (high, most) = known[:2] if _area(size) < _area(SIZE) else known[1:]
+    slope = (most - least) / (high**2 - low**2)
+    return max(1, round(least + slope * (_area(size) - low**2)))
+
+
 def _estimate(
-    profile: Profile,
-    prediction: Prediction,
-    crop: tuple[int, int],
-    size: tuple[int, int],
-    memory: int | None,
-    gpu: Gpu | None,
+    profile: Profile, extent: Extent, crop: tuple[int, int], size: tuple[int, int], memory: int | None, gpu: Gpu | None
 ) -> Cost:
-    """Memory and time go by pixels; of attention over all pixels they grow faster, which is left out."""
-    image_bytes = round(profile.bytes_per_image * _area(crop) / _area(SIZE))
-    room = None if memory is None else (memory - RESERVED - profile.bytes_fixed) / (SLACK * image_bytes)
+    batch = None if memory is None else _num_fitting(profile, extent, crop, memory)
     return Cost(
         crop=crop,
         parameters=profile.parameters,
-        flops=prediction.flops,
+        flops=extent.prediction_flops,
         fixed_bytes=profile.bytes_fixed,
-        image_bytes=image_bytes,
-        batch=None if room is None else max(0, min(MOST, int(room))),
+        image_bytes=image_bytes(profile, extent, crop),
+        batch=batch,
+        smaller=_smaller(profile, extent, crop, memory) if memory is not None and batch == 0 else None,
         size=size,
-        latency_s=None if gpu is None else _latency(prediction, gpu) * _area(size) / _area(SIZE),
+        latency_s=None if gpu is None else _latency(extent, gpu) * _area(size) / _area(SIZE),
     )
 
 
-def _latency(prediction: Prediction, gpu: Gpu) -> float:
+def _num_fitting(profile: Profile, extent: Extent, crop: tuple[int, int], memory: int) -> int:
+    """Crops of a batch that fit into so many bytes, MOST at most."""
+    room = (memory - RESERVED - profile.bytes_fixed) / (SLACK * image_bytes(profile, extent, crop))
+    return max(0, min(MOST, int(room)))
+
+
+def _smaller(profile: Profile, extent: Extent, crop: tuple[int, int], memory: int) -> tuple[int, int] | None:
+    """The largest crop of this shape, in steps of STEP pixels, of which one fits."""
+    for percent in range(99, 0, -1):
+        height, width = (side * percent // 100 // STEP * STEP for side in crop)
+        if min(height, width) < LEAST_SIDE:
+            return None
+        if _num_fitting(profile, extent, (height, width), memory):
+            return height, width
+    return None
+
+
+def _latency(extent: Extent, gpu: Gpu) -> float:
     """Seconds for an image of SIZE: for its operations or for its memory's traffic, whichever takes longer."""
     rate = gpu.half if gpu.has_bf16 else gpu.single
-    traffic = prediction.traffic * (1 if gpu.has_bf16 else 2)
-    by_flops = prediction.flops / (rate * 1e12 * FLOPS_SHARE)
+    traffic = extent.prediction_traffic * (1 if gpu.has_bf16 else 2)
+    by_flops = extent.prediction_flops / (rate * 1e12 * FLOPS_SHARE)
     return max(by_flops, traffic / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE))
 
 

@@ -114,7 +114,7 @@ class Guidance(Section):
 
     def traits_for(self, kind: Kind) -> set[str]:
         """The traits of data on which a rule or a remark for this task depends."""
-        whens = [each.when for each in (*self.rules, *self.remarks)]
+        whens = [*(rule.when for rule in self.rules), *(remark.when for remark in self.remarks)]
         others = set(KINDS) - {kind}
         return {part for when in whens if not others & set(when) for part in when} & self.data.keys()
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 COSTS = Path(__file__).parent / "costs.json"
-PREDICTIONS = Path(__file__).parent / "predictions.json"
+EXTENTS = Path(__file__).parent / "extents.json"
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,23 @@ def read_costs() -> dict[str, dict[str, Profile]]:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What an image takes in prediction.
+class Extent:
+    """What a model takes beside a training step at 512x512.
 
     Attributes:
-        flops: of its forward pass; a multiplication and an addition are two.
-        traffic: bytes that operations read and write.
+        prediction_flops: of predicting an image of 512x512; a multiplication and an addition are two.
+        prediction_traffic: bytes that operations read and write for it.
+        bytes_per_image_256: as a profile's, for crops of 256x256.
+        bytes_per_image_1024: for crops of 1024x1024.
     """
 
-    flops: int
-    traffic: int
+    prediction_flops: int
+    prediction_traffic: int
+    bytes_per_image_256: int
+    bytes_per_image_1024: int
 
 
 @cache
-def read_predictions() -> dict[str, Prediction]:
-    """What each model of `read_costs` takes to predict an image of 512x512 in bf16.
-
-    `python -m benchmarks.bench_predictions` writes them.
-    """
-    return {model: Prediction(**row) for model, row in json.loads(PREDICTIONS.read_text()).items()}
+def read_extents() -> dict[str, Extent]:
+    """The extent of each model of `read_costs`, of 21 classes and in bf16; `python -m benchmarks.bench_extents`."""
+    return {model: Extent(**row) for model, row in json.loads(EXTENTS.read_text()).items()}

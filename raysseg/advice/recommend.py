@@ -13,8 +13,6 @@ from raysseg.advice.situation import DATA_KINDS, Ask, choose_task, situation_of
 from raysseg.catalogue import PROMPT_MODELS
 from raysseg.findings.fingerprint import Fingerprint
 
-STEP, LEAST_SIDE = 32, 64  # of crops, in pixels
-
 
 @dataclass(frozen=True)
 class Reason:
@@ -127,9 +125,7 @@ def _rank(
         if cheapest and name in costs and all(part in situation for part in rule.when):
             factor = costs[name].flops / costs[cheapest].flops
             if points := rule.points * round(math.log2(factor)):
-                reasons.append(
-                    Reason(points, f"{factor:.1f} {rule.reason} {cheapest}", "raysseg/advice/predictions.json")
-                )
+                reasons.append(Reason(points, f"{factor:.1f} {rule.reason} {cheapest}", "raysseg/advice/extents.json"))
     start = guidance.start_of(name)
     weights = PROMPT_MODELS[name] if task == "prompt" else start.weights_for(task)
     licence = guidance.licences[start.licence].text if start.licence else None
@@ -156,7 +152,8 @@ def _excluded_by_cost(costs: Mapping[str, Cost], ask: Ask) -> Iterator[Excluded]
         if cost.batch == 0 and memory is not None:
             need = RESERVED + cost.fixed_bytes + SLACK * cost.image_bytes
             text = f"training takes about {in_gib(need)} for one image of {_shown(cost.crop)}, of {in_gib(memory)}"
-            yield Excluded(name, text, _fitting(cost, memory))
+            crop = f", or data.crop: {list(cost.smaller)}" if cost.smaller else ""
+            yield Excluded(name, text, f"--gpu-memory {math.ceil(need / 2**30)}GiB{crop}")
         elif ask.latency_s is not None and cost.latency_s is not None and cost.latency_s > ask.latency_s:
             took = f"{cost.latency_s * 1000:.3g}ms"
             text = f"about {took} an image of {_shown(cost.size)}, more than {ask.latency_s * 1000:g}ms"
@@ -165,15 +162,6 @@ def _excluded_by_cost(costs: Mapping[str, Cost], ask: Ask) -> Iterator[Excluded]
 
 def _shown(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
-
-
-def _fitting(cost: Cost, memory: int) -> str:
-    """How one image would fit: crops of fewer pixels, or more memory."""
-    need = RESERVED + cost.fixed_bytes + SLACK * cost.image_bytes
-    more = f"--gpu-memory {math.ceil(need / 2**30)}GiB"
-    part = max(0.0, memory - RESERVED - cost.fixed_bytes) / (SLACK * cost.image_bytes)
-    sides = [math.floor(side * math.sqrt(part) / STEP) * STEP for side in cost.crop]
-    return f"{more}, or data.crop: {sides}" if min(sides) >= LEAST_SIDE else more
 
 
 def _presumed(task: Kind, ask: Ask, found: Fingerprint | None) -> Iterator[str]:
@@ -190,7 +178,10 @@ def _unsure(models: Sequence[Ranked], ask: Ask, guidance: Guidance) -> Iterator[
     yield "points are for what is published and what was measured here; on your data, train the first two and compare"
     costs = [model.cost for model in models if model.cost]
     if costs:
-        yield "memory and FLOPs are worked out for 512x512 and scaled by pixels; `raysseg plan JOB` takes a job's own"
+        yield (
+            "memory is worked out for 21 classes, bf16 and three sizes, and by pixels in between; `raysseg plan JOB` "
+            "takes a job's own"
+        )
     if any(cost.latency_s is not None for cost in costs):
         yield (
             "latency is an estimate from operations and data sheets, until it is measured: `raysseg plan --measure`; "
