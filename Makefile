@@ -36,6 +36,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_validation
 	$(BIN)/python -m benchmarks.bench_checkpoint
 	$(BIN)/python -m benchmarks.bench_survival
+	$(BIN)/python -m benchmarks.bench_nodes --part train
+	$(BIN)/python -m benchmarks.bench_nodes --part serve
 	$(BIN)/python -m benchmarks.bench_tune
 	$(BIN)/python -m benchmarks.bench_by_heart
 	$(BIN)/python -m benchmarks.bench_train

@@ -304,8 +304,17 @@ def _as_text(result: dict[str, Any]) -> str:
             scores = [metrics[f"{prefix}{kind}/{name}"] for kind in ("iou", "dice")]
             lines.append(f"{name:{width}}  " + "  ".join("absent" if math.isnan(s) else f"{s:.4f}" for s in scores))
     rest = {key: value for key, value in result.items() if key != "metrics" and value not in (None, [])}
-    lines += [""] * bool(metrics) + [f"{key}: {value}" for key, value in rest.items()]
+    lines += [""] * bool(metrics) + [f"{key}: {_say(value)}" for key, value in rest.items()]
     return "\n".join(lines)
+
+
+def _say(value: Any) -> str:
+    """A part of the result for people: numbers in six digits."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_say(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_say, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _jobs_as_text(jobs: Sequence[dict[str, Any]]) -> str:

@@ -120,12 +120,15 @@ def _leaves_cpus(scaling: Scaling, gpus: float) -> bool:
 
 
 def _check_room(scaling: Scaling, gpus: float) -> None:
-    """Says so where the workers would take every CPU: their data tasks would then wait for ever."""
+    """Says so where the workers would take every CPU: their data tasks would then wait for ever.
+
+    A cluster that has none at all grows, as its head takes no work.
+    """
     if not _leaves_cpus(scaling, gpus):
         return
     cpus = ray.cluster_resources().get("CPU", 0.0)
     taken = scaling.min_workers * scaling.cpus_per_worker
-    if taken > cpus - 1:
+    if cpus and taken > cpus - 1:
         raise InputError(
             f"scaling: {scaling.min_workers} workers of {scaling.cpus_per_worker:g} CPUs take {taken:g} of the "
             f"cluster's {cpus:g}, and their data tasks need one more; lower scaling.workers or scaling.cpus_per_worker"

@@ -155,7 +155,7 @@ def _excluded_by_cost(costs: Mapping[str, Cost], ask: Ask) -> Iterator[Excluded]
             crop = f", or data.crop: {list(cost.smaller)}" if cost.smaller else ""
             yield Excluded(name, text, f"--gpu-memory {math.ceil(need / 2**30)}GiB{crop}")
         elif ask.latency_s is not None and cost.latency_s is not None and cost.latency_s > ask.latency_s:
-            took = f"{cost.latency_s * 1000:.3g}ms"
+            took = f"{math.ceil(cost.latency_s * 1000)}ms"
             text = f"about {took} an image of {_shown(cost.size)}, more than {ask.latency_s * 1000:g}ms"
             yield Excluded(name, text, f"--latency {took}, a faster --gpu, or smaller images (data.size)")
 

@@ -46,6 +46,7 @@ _LOOK_BACK_S = 5.0  # over which the load is averaged
 _CARD_S = 10.0  # for which a card is taken for true
 _INGRESS = "_ingress"  # models' names begin otherwise
 _INGRESS_ONGOING = 512  # requests that one process takes in at a time
+_INGRESS_BYTES = 2**20  # that such a process reserves: what reserves nothing is not spread over the nodes
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # requests are counted instead, see /metrics
 
 
@@ -128,7 +129,7 @@ def to_application(job: ServeJob) -> Application:
         health_check_period_s=_HEALTH_S,
         max_surge_percent=100,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "memory": _INGRESS_BYTES},
     )
     return ingress.bind(*models)
 

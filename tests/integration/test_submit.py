@@ -4,67 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
 
-from benchmarks.serve_sides import free_port
+from benchmarks.commands import free_port
+from benchmarks.nodes import LOOPBACK, TOKEN, Cluster, running
 from raysseg import storage
 from tests.conftest import rows
-
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-32-characters-or-more!"}
 
 
 @pytest.fixture(scope="module")
 def head(s3_server: str) -> Iterator[str]:
     """A head node that wants a token, with the S3 server's address and keys in its environment; its dashboard's URL."""
-    port = free_port()
-    with TemporaryDirectory(prefix="rs-") as folder:  # short: the paths of sockets have a limit
-        ports = {"port": free_port(), "dashboard-port": port, "dashboard-agent-listen-port": free_port()}
-        options = [f"--{name}={value}" for name, value in {**ports, "ray-client-server-port": free_port()}.items()]
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            **TOKEN,
-        }
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", *options]
-        with Path(folder, "log").open("w") as log:
-            ray = subprocess.Popen(
-                [*command, f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/api/version", Path(folder, "log"))
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            ray.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                ray.wait(5)
-            with suppress(ProcessLookupError):
-                os.killpg(ray.pid, signal.SIGKILL)
-
-
-def _wait_for(url: str, log: Path) -> None:
-    headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with suppress(OSError), urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5):
-            return
-        time.sleep(0.5)
-    raise RuntimeError(log.read_text())
+    with (
+        TemporaryDirectory(prefix="rs-") as folder,  # short: the paths of sockets have a limit
+        running(Cluster(LOOPBACK, Path(folder), os.environ), num_cpus=2) as cluster,
+    ):
+        yield cluster.url
 
 
 def submitted(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
