@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 JOB_VERBS = {
     "train": "train a model, or go on with a run that stopped",
     "tune": "search a train job's settings, or go on with a search that stopped",
+    "plan": "what a train job takes: memory, batch, time and cost on GPUs, before any is rented",
     "evaluate": "score a bundle, or stored predictions, over a data set",
     "predict": "segment images with a bundle: COCO, PNG masks, COCO panoptic or shards",
     "serve": "answer requests over HTTP with bundles and prompted models, and show the playground",
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument("--to", metavar="FORMAT", help="output.format: shards, masks, coco or coco_panoptic")
         if verb == "inspect":
             part.add_argument("--write-job", metavar="PATH", help="write a train job that follows the advice")
+        if verb == "plan":
+            _add_plan(part)
     _add_recommend(verbs.add_parser("recommend", help="which model to begin with, why, and what it costs"))
     _add_submit(verbs.add_parser("submit", help="run any job file on a Ray cluster, and follow it to its end"))
     example = verbs.add_parser("example", help="draw the example data set, for all three tasks")
@@ -99,6 +102,16 @@ def _add_recommend(part: argparse.ArgumentParser) -> None:
     part.add_argument("--gpu", metavar="NAME", help="whose memory and speed count")
     part.add_argument("--write-job", metavar="PATH", help="write a job for the first one: to train it, or to serve SAM")
     part.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _add_plan(part: argparse.ArgumentParser) -> None:
+    part.add_argument("--gpu", metavar="NAME", help="plan for this GPU alone, such as A10G (default: all known ones)")
+    part.add_argument("--memory", metavar="SIZE", help="of a GPU that is not known, such as 24GiB")
+    part.add_argument("--workers", type=int, metavar="N", help="a GPU each (default: the job's)")
+    part.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU, an hour (default: about what it costs)")
+    part.add_argument(
+        "--measure", action="store_true", help="train ten steps where the job would run, and throw them away"
+    )
 
 
 def _add_submit(part: argparse.ArgumentParser) -> None:
@@ -141,7 +154,24 @@ def _run(options: argparse.Namespace) -> dict[str, Any] | None:
     from raysseg.runtime import log_to_stderr
 
     log_to_stderr()
+    if options.verb == "plan":
+        return {"kind": "plan", **_plan(job, options)}
     return {"kind": job.kind, **_run_job(job, getattr(options, "write_job", None))}
+
+
+def _plan(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Plans a train job, or the one that a search varies."""
+    from raysseg import config
+    from raysseg.advice.plan import Ask, plan
+
+    train_job = job.train_job({}) if isinstance(job, config.TuneJob) else job
+    assert isinstance(train_job, config.TrainJob)
+    planned = asdict(plan(train_job, Ask(options.gpu, options.memory, options.workers, options.price)))
+    if not options.measure:
+        return planned
+    from raysseg.rehearsal import rehearse
+
+    return {**planned, "trial": asdict(rehearse(train_job))}
 
 
 def _submit(options: argparse.Namespace) -> dict[str, Any]:
@@ -224,7 +254,7 @@ def _load_job(verb: str, path: str, overrides: Sequence[str]) -> Job:
     if verb == "inspect" and Path(path).is_dir():
         return config.plain_folder(path, overrides)
     job = config.load(path, overrides)
-    if job.kind != verb:
+    if job.kind != verb and not (verb == "plan" and job.kind in ("train", "tune")):
         raise InputError(f"{path}: kind is {job.kind!r}: run it as `raysseg {job.kind} {path}`")
     return job
 
@@ -283,9 +313,13 @@ def _jsonable(value: Any) -> Any:
 def _as_text(result: dict[str, Any]) -> str:
     """The result for people: a table of metrics, then the rest line by line."""
     if result.get("kind") == "recommend":
-        from raysseg.advice.printed import as_text
+        from raysseg.advice import recommended
 
-        return as_text(result)
+        return recommended.as_text(result)
+    if result.get("kind") == "plan":
+        from raysseg.advice import planned
+
+        return planned.as_text(result)
     if "findings" in result:
         return _fingerprint_as_text(result)
     if "jobs" in result:

@@ -16,8 +16,10 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Discriminator,
     Field,
+    PlainSerializer,
     Tag,
     ValidationError,
     WithJsonSchema,
@@ -263,6 +265,9 @@ class Model(Section):
     segmentation_models.pytorch, their own: `imagenet` for the encoder, `torchvision` for all of Mask R-CNN."""
     encoder: str | None = None
     """Of U-Net and DeepLabV3+: the name of an encoder in segmentation_models.pytorch or timm."""
+    checkpoint_activations: bool = False
+    """Keep less of forward passes, and compute it once more in backward passes: the same numbers, less memory, about a
+    third more time."""
 
 
 @dataclass(frozen=True)
@@ -410,13 +415,34 @@ class Schedule(Section):
     """End before the last epoch where a metric no longer gets better; null: never."""
 
 
+AUTO = 0
+"""Of `batch.per_worker`: `auto`, before it is decided."""
+
+
+def _as_per_worker(value: Any) -> Any:
+    if value == "auto":
+        return AUTO
+    if isinstance(value, int | float) and value < 1:
+        raise PydanticCustomError("per_worker", "allowed: numbers from 1 on, or auto")
+    return value
+
+
+PerWorker = Annotated[
+    int,
+    BeforeValidator(_as_per_worker),
+    PlainSerializer(lambda images: "auto" if images == AUTO else images),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+
+
 class Batch(Section):
     """Accumulation follows from these two and the number of workers."""
 
     global_size: Annotated[int, Field(ge=1)] = 16
     """Images an optimiser step."""
-    per_worker: Annotated[int, Field(ge=1)] = 4
-    """Images a worker's forward pass, at most."""
+    per_worker: PerWorker = 4
+    """Images a worker's forward pass, at most. `auto`, in training: as many as the GPU's memory should hold, in even
+    parts of a worker's share of the global batch; 4 on CPUs. Decided once a run, which the results do not depend on."""
 
 
 class Scaling(Section):
@@ -707,6 +733,11 @@ class TrainJob(DataJob):
             message = "{name} has its own; leave it out, or take one of {takers}"
             context = {"key": "model.encoder", "name": self.model.name, "takers": takers}
             raise PydanticCustomError("encoder", message, context)
+        if self.model.checkpoint_activations and not entry.recomputes:
+            able = ", ".join(name for name, other in MODELS.items() if other.recomputes)
+            message = "{name} can't compute its layers twice; leave it out, or take one of {able}"
+            context = {"key": "model.checkpoint_activations", "name": self.model.name, "able": able}
+            raise PydanticCustomError("recomputes", message, context)
         if entry.has_own_loss:
             takes = {"class_weights", "effective_beta"} if entry.takes_class_weights else set()
             surplus = sorted(self.loss.model_fields_set - takes)
@@ -737,6 +768,12 @@ def _check_metrics(task: Task, metrics: Sequence[str]) -> None:
         raise PydanticCustomError("metrics", message, context)
 
 
+def _check_per_worker(batch: Batch) -> None:
+    if batch.per_worker == AUTO:
+        context = {"key": "batch.per_worker"}
+        raise PydanticCustomError("auto", "auto is for training; give a number", context)
+
+
 class EvaluateJob(DataJob):
     """Metrics of a bundle, or of stored predictions, over a data set."""
 
@@ -757,6 +794,7 @@ class EvaluateJob(DataJob):
     @model_validator(mode="after")
     def _has_one_side(self) -> Self:
         _check_metrics(self.task, self.metrics)
+        _check_per_worker(self.batch)
         if (self.bundle is None) == (self.predictions is None):
             raise PydanticCustomError("sides", "give either `bundle` or `predictions`")
         if self.predictions is not None and self.inference != Inference():
@@ -849,6 +887,7 @@ class PredictJob(BaseJob):
 
     @model_validator(mode="after")
     def _has_images(self) -> Self:
+        _check_per_worker(self.batch)
         if getattr(self.data, "images", "") is None:
             raise PydanticCustomError("images", "missing: a bundle predicts from images", {"key": "data.images"})
         if self.is_scored and isinstance(self.data, MasksSource) and self.data.masks is None:

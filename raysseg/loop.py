@@ -222,8 +222,17 @@ def build_optimizer(model: SegModel, settings: config.Optimizer) -> torch.optim.
     return torch.optim.AdamW(parts, lr=settings.lr, betas=settings.betas, fused=True)
 
 
-def wrap(model: SegModel, *, is_compiled: bool, channels_last: bool) -> nn.Module:
-    """The model as it is trained: in its memory format, distributed where a process group is up, compiled if asked."""
+def wrap(model: SegModel, *, is_compiled: bool, channels_last: bool, recomputes: bool = False) -> nn.Module:
+    """The model as it is trained: in its memory format, distributed where a process group is up, compiled if asked.
+
+    Args:
+        model: see SegModel.
+        is_compiled: by torch.compile.
+        channels_last: its memory format.
+        recomputes: backward passes compute some layers once more.
+    """
+    if recomputes:
+        model.recompute_layers()
     if channels_last:
         model.to(memory_format=torch.channels_last)
     device = next(model.parameters()).device

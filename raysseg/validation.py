@@ -27,7 +27,7 @@ def evaluation_of(plan: Plan, bundle_uri: str, scaling: Scaling) -> EvaluateJob:
         bundle=bundle_uri,
         metrics=job.metrics,
         inference=job.inference,
-        batch=job.batch,
+        batch=job.batch.model_copy(update={"per_worker": standing.per_worker(job)}),
         precision=job.precision,
         scaling=scaling,
     )

@@ -54,20 +54,36 @@ class Pass:
         images: of a micro-batch.
         inputs: bytes of its images and targets.
         saved: bytes that its forward pass leaves for the backward pass.
-        peak: bytes at most in forward and backward passes, beside inputs, weights, optimiser and average; gradients
-            count as they come.
+        peaks: bytes at most, beside inputs, weights, optimiser and average, in each part of forward and backward passes;
+            gradients count as they come. A part ends where a module is entered or left, or a gradient is there; parts
+            are the same for any number of images.
         flops_forward: of a micro-batch's forward pass and loss.
         flops: of its forward and backward pass.
         traffic: bytes that its operations read and write in both.
+        launches: its operations.
     """
 
     images: int
     inputs: int
     saved: int
-    peak: int
+    peaks: tuple[int, ...]
     flops_forward: int
     flops: int
     traffic: int
+    launches: int
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of any part."""
+        return max(self.peaks)
+
+
+def peak_of(few: Pass, more: Pass, images: int) -> int:
+    """The peak of any number of images: each part's grows by the same with each image, but not all by the same."""
+    steps = (images - few.images) / max(1, more.images - few.images)
+    if len(few.peaks) != len(more.peaks):
+        return round(few.peak + steps * (more.peak - few.peak))
+    return round(max(a + steps * (b - a) for a, b in zip(few.peaks, more.peaks, strict=True)))
 
 
 class Sketch:
@@ -87,6 +103,8 @@ class Sketch:
             self._phantoms.is_building = False
             model.work_most()
             self._state = build_state(model, job.optimizer, dtype, job.ema)
+            if job.model.checkpoint_activations:
+                model.recompute_layers()
             self._phantoms.forget(_weights_of(self._state))
         self.fixed = self._measure_fixed()
 
@@ -108,9 +126,9 @@ class Sketch:
             self._state.optimizer.step()
             gradients = _num_bytes(trained)
             optimizer = allocator.live - start - gradients
-            allocator.reset_peak()
+            allocator.mark()
             update(self._state, self._job)
-            peak = allocator.peak - start - optimizer
+            peak = allocator.mark() - start - optimizer
             self._state.optimizer.zero_grad(set_to_none=True)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         num_trainable = sum(parameter.numel() for parameter in trained)
@@ -123,24 +141,42 @@ class Sketch:
         with self._drawing():
             before = allocator.live
             pairs = [self._batch(images) for _ in range(num_passes)]
-            start, phantoms.flops, phantoms.traffic = allocator.live, 0, 0
-            allocator.reset_peak()
+            start = allocator.live
+            phantoms.flops = phantoms.traffic = phantoms.launches = 0
+            allocator.mark()
             with saved_bytes([*model.parameters(), *model.buffers(), *tensors_of(pairs)]) as saved:
                 hook = model.register_forward_hook(lambda *_: after_forward.append((saved(), phantoms.flops)))
-                backward(model, self._state, pairs, self._dtype)
+                with self._parted() as peaks:
+                    backward(model, self._state, pairs, self._dtype)
                 hook.remove()
-            peak, flops, traffic = allocator.peak - start, phantoms.flops, phantoms.traffic
             self._state.optimizer.zero_grad(set_to_none=True)
         saved_first, flops_forward = after_forward[0]
         return Pass(
             images=images,
             inputs=(start - before) // num_passes,
             saved=saved_first,
-            peak=peak,
+            peaks=tuple(peak - start for peak in peaks),
             flops_forward=flops_forward,
-            flops=flops // num_passes,
-            traffic=traffic // num_passes,
+            flops=phantoms.flops // num_passes,
+            traffic=phantoms.traffic // num_passes,
+            launches=phantoms.launches // num_passes,
         )
+
+    @contextmanager
+    def _parted(self) -> Iterator[list[int]]:
+        """Gives the peaks of the parts of passes within it; see Pass."""
+        model, allocator, peaks = self._state.model, self._phantoms.allocator, list[int]()
+
+        def mark(*_: object) -> None:
+            peaks.append(allocator.mark())
+
+        hooks = [module.register_forward_pre_hook(mark) for module in model.modules()]
+        hooks += [module.register_forward_hook(mark) for module in model.modules()]
+        hooks += [p.register_post_accumulate_grad_hook(mark) for p in model.parameters() if p.requires_grad]
+        yield peaks
+        mark()
+        for hook in hooks:
+            hook.remove()
 
     def _batch(self, images: int) -> tuple[Tensor, Targets]:
         """Images that nobody knows, and targets; see sketch_targets."""
@@ -238,15 +274,16 @@ def profile(model: str, task: Task, num_classes: int, size: tuple[int, int], pre
     dtype = DTYPES["bf16" if precision == "auto" else precision]
     sketch = Sketch(job, read_class_map(job.classes), dtype, on_gpu=True)
     few, many = sketch.run(2), sketch.run(3)
-    fixed = sketch.fixed
-    slope = many.peak + many.inputs - few.peak - few.inputs
-    whole = fixed.weights + fixed.optimizer + few.peak + few.inputs
+    fixed, inputs = sketch.fixed, many.inputs // 3
+    at_4, at_16 = (peak_of(few, many, images) + images * inputs for images in (4, 16))
+    slope = (at_16 - at_4) // 12
+    whole = fixed.weights + fixed.optimizer + at_4
     return Profile(
         parameters=fixed.parameters,
         trainable=fixed.trainable,
         flops_forward=many.flops_forward // 3,
         flops_training=many.flops // 3,
-        bytes_fixed=whole - 2 * slope,
+        bytes_fixed=whole - 4 * slope,
         bytes_per_image=slope,
         traffic_per_image=many.traffic // 3,
     )

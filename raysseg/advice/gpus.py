@@ -1,9 +1,9 @@
 """GPUs that jobs are rented: what their makers' data sheets promise, and about what an hour costs.
 
 Rates are those of NVIDIA's data sheets without sparsity, for tensor cores with sums in float32, and of plain float32.
-`memory` is what CUDA reports, in GiB. Prices are list prices by the hour, on demand and of one GPU, at large clouds in the
-United States, as they were about the middle of 2025, rounded; of cards that no large cloud has, of markets for GPUs. They
-move, and differ by a factor of three between providers: `raysseg plan --price` gives your own.
+`memory` is what CUDA reports, in GiB. Prices are list prices by the hour, on demand and of one GPU, at large clouds in
+the United States, as they were about the middle of 2025, rounded; RTX cards: on markets for GPUs. They move, and differ
+by a factor of three between providers: `raysseg plan --price` takes your own.
 """
 
 from __future__ import annotations
@@ -77,16 +77,3 @@ def find_gpu(name: str) -> Gpu:
 
 def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "")).removesuffix("gb")
-
-
-def parse_memory(text: str) -> float:
-    """Bytes of `24GiB`, `24GB`, `24` (GiB) or `24000MiB`.
-
-    Raises:
-        InputError: it is nothing of the kind.
-    """
-    units = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match.group(2).lower() not in units or float(match.group(1)) == 0:
-        raise InputError(f"--memory: received {text}; allowed: a number and its unit, such as 24GiB, 24GB or 24")
-    return float(match.group(1)) * units[match.group(2).lower()]

@@ -38,7 +38,7 @@ class Allocator:
 
     Attributes:
         live: bytes at this moment.
-        peak: the most bytes at any moment since the peak was last reset.
+        peak: the most bytes at any moment since the last mark.
     """
 
     def __init__(self) -> None:
@@ -46,9 +46,10 @@ class Allocator:
         self.peak = 0
         self._blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
 
-    def reset_peak(self) -> None:
-        """Counts the peak from now on."""
-        self.peak = self.live
+    def mark(self) -> int:
+        """The peak since the last mark; it is counted anew from now on."""
+        peak, self.peak = self.peak, self.live
+        return peak
 
     def block_of(self, inner: Tensor) -> Block:
         """The block that a tensor lies in; views share theirs."""
@@ -77,37 +78,40 @@ class Phantom(Tensor):
     """A tensor that is an outline.
 
     Attributes:
-        inner: on the meta device, or on the CPU where the contents are known.
+        held: on the meta device, or on the CPU where the contents are known.
         block: that it lies in.
     """
 
-    inner: Tensor
+    held: Tensor
     block: Block
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: Tensor, block: Block) -> Phantom:
+    def __new__(cls: type[Phantom], inner: Tensor, block: Block) -> Phantom:
+        """A phantom of a tensor that is no phantom."""
         made: Phantom = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device="cpu"
+            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=torch.device("cpu")
         )
-        made.inner, made.block = inner, block
+        made.held, made.block = inner, block
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{func} of phantoms outside of their mode")
 
     def numpy(self, *, force: bool = False) -> npt.NDArray[Any]:
         """The contents; zeros where they are not known."""
         with _disable_current_modes():
-            array: npt.NDArray[Any] = _seen(self.inner).numpy()
+            array: npt.NDArray[Any] = _seen(self.held).numpy()
         return array
 
     def tolist(self) -> Any:
         """The contents; zeros where they are not known."""
         with _disable_current_modes():
-            return _seen(self.inner).tolist()
+            return _seen(self.held).tolist()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied = self.detach().clone()
@@ -116,21 +120,23 @@ class Phantom(Tensor):
         return made
 
 
-class Phantoms(TorchDispatchMode):
+class Phantoms(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, whatever is made is a phantom.
 
     Attributes:
         allocator: counts what is allocated.
         flops: of matrix products, convolutions and attention so far; a multiplication and an addition are two.
         traffic: bytes that operations have read and written so far.
+        launches: operations so far, but for views.
         is_building: a model is being made, whose weights are not drawn.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.allocator = Allocator()
         self.flops = 0
         self.traffic = 0
+        self.launches = 0
         self.is_building = False
         self._results: dict[Any, _Known] = {}
 
@@ -149,6 +155,7 @@ class Phantoms(TorchDispatchMode):
         made = list[Tensor]()
         wrapped = self._wrapped(result, made)
         if not kind.is_view:
+            self.launches += 1
             self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *made))
         return wrapped
 
@@ -164,8 +171,8 @@ class Phantoms(TorchDispatchMode):
         with _disable_current_modes():
             for tensor in tensors:
                 if isinstance(tensor, Phantom) and tensor.is_floating_point():
-                    tensor.inner = _outline(tensor.inner)
-                    tensor.block = self.allocator.block_of(tensor.inner)
+                    tensor.held = _outline(tensor.held)
+                    tensor.block = self.allocator.block_of(tensor.held)
 
     def known(self, tensor: Tensor) -> Tensor:
         """A phantom with the contents of a tensor on the CPU."""
@@ -248,7 +255,7 @@ def _kind_of(func: Any) -> _Kind:
 def _unwrapped(value: Any, tensors: list[Tensor]) -> Any:
     """An argument with what is inside its phantoms; its tensors are added to the list."""
     if isinstance(value, Tensor):
-        inner = value.inner if isinstance(value, Phantom) else value
+        inner = value.held if isinstance(value, Phantom) else value
         tensors.append(inner)
         return inner
     return type(value)(_unwrapped(x, tensors) for x in value) if isinstance(value, list | tuple) else value
@@ -269,10 +276,10 @@ def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _flops(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> int:
-    """As torch counts them, but for the gradients of grouped convolutions, which it counts as if there were no groups."""
+    """As torch counts them, but for gradients of grouped convolutions, which it counts as if there were no groups."""
     if func is aten.convolution_backward.default:
         outward, images, weight, mask = args[0], args[1], args[2], args[10]
-        return sum(mask[:2]) * int(flop_registry[aten.convolution](images, weight, *args[3:10], out_val=outward))
+        return int(sum(mask[:2])) * int(flop_registry[aten.convolution](images, weight, *args[3:10], out_val=outward))
     formula = flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
 
@@ -341,10 +348,11 @@ def gpu_rules() -> Iterator[None]:
 
     Autocast keeps more operations in float32; dropout keeps a mask of bytes; attention is fused.
     """
-    library = torch.library.Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     for name in _IN_FLOAT32:
         packet, _, overload = name.partition(".")
-        library.impl(name, _in_float32(getattr(getattr(aten, packet), overload or "default")), "AutocastCPU")
+        operation = _in_float32(getattr(getattr(aten, packet), overload or "default"))
+        library.impl(name, operation, "AutocastCPU")  # type: ignore[no-untyped-call]
     try:
         with (
             patch.object(F, "dropout", _dropout),
@@ -352,7 +360,7 @@ def gpu_rules() -> Iterator[None]:
         ):
             yield
     finally:
-        library._destroy()
+        library._destroy()  # type: ignore[no-untyped-call]
 
 
 def _in_float32(operation: Any) -> Any:
@@ -391,13 +399,14 @@ def _attention(
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    out: Tensor
     if attn_mask is None and query.dtype != torch.float32:
-        out: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, **settings)[0]
+        out, *_ = aten._scaled_dot_product_flash_attention(query, key, value, **settings)
         return out
     bias = None
     if attn_mask is not None:
         is_mask = attn_mask.dtype == torch.bool
         bias = torch.zeros_like(attn_mask, dtype=query.dtype) if is_mask else attn_mask.to(query.dtype)
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
-    out = aten._scaled_dot_product_efficient_attention(query, key, value, bias, query.requires_grad, **settings)[0]
+    out, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, query.requires_grad, **settings)
     return out

@@ -19,7 +19,7 @@ from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models import queries
 from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets
-from raysseg.models.pretrained import read_config, read_net, set_classes, write_preprocessing
+from raysseg.models.pretrained import read_config, read_net, repeated_layers, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings
 from raysseg.schema import ClassMap, InputError, Task
 
@@ -63,6 +63,10 @@ class Detr(SegModel):
         super().__init__(classes, task, MEAN, STD)
         self.net = net
         self.criterion = SetLoss(classes, net.config.num_queries, SETTINGS, class_weights)
+
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        """See SegModel: those of the transformer."""
+        return repeated_layers(self.net)
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """Regions, and queries by the weight of their class."""

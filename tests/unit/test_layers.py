@@ -28,7 +28,7 @@ FLOORS = [  # ground first; a module imports from the floors below its own, or f
     {"worker"},
     {"evaluate", "shard", "fingerprint", "export", "importance", "study", "labelling", "serve"},
     {"validation", "inputs", "tuning_page", "predict"},
-    {"trainer", "desk"},
+    {"trainer", "desk", "rehearsal"},
     {"train"},
     {"place"},
     {"trial"},
