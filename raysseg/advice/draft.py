@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raysseg.advice.amounts import in_gib
-from raysseg.advice.estimates import RESERVED, SLACK, Cost
+from raysseg.advice.estimates import Cost
 from raysseg.advice.recommend import Ranked, Recommendation
 from raysseg.findings.advice import Start, to_train_job, to_yaml
 from raysseg.findings.fingerprint import Choice, Fingerprint, Tree
@@ -46,7 +46,8 @@ def _to_serve_job(best: Ranked, reason: str) -> str:
 
 
 def _choose_batch(cost: Cost | None) -> Iterator[Choice]:
-    if cost is not None and cost.batch:
-        need = in_gib(RESERVED + cost.fixed_bytes + SLACK * cost.batch * cost.image_bytes)
-        text = f"Takes about {need}, by estimate; accumulation makes up the global batch. `raysseg plan` knows better."
+    if cost is None or cost.batch is None:
+        yield Choice("batch.per_worker", "auto", "As many as fit, worked out when training starts; see `raysseg plan`.")
+    else:
+        text = f"Takes about {in_gib(cost.training_bytes(cost.batch))}, by estimate; see `raysseg plan`."
         yield Choice("batch.per_worker", cost.batch, text)

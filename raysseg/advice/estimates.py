@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raysseg.advice.gpus import Gpu, find_gpu
+from raysseg.advice.gpus import BANDWIDTH, CONTEXT, EFFICIENCY, SLACK, WORKSPACE, Gpu, find_gpu
 from raysseg.advice.profiles import Extent, Profile, read_costs, read_extents
 from raysseg.advice.situation import Ask
 from raysseg.findings.fingerprint import Fingerprint
 
 SIZE = (512, 512)  # pixels: of the table, and presumed where no data say otherwise
 GPU = "A10G"  # for latency, where none is named
-RESERVED = 2**30  # bytes of a GPU that CUDA, cuBLAS and cuDNN take
-SLACK = 1.05  # of what images take: blocks of the allocator that are free, but too small
+RESERVED = CONTEXT + WORKSPACE  # bytes of a GPU that no job has
 STEP, LEAST_SIDE = 32, 64  # of crops, in pixels
 MOST = 16  # images of a worker's batch, beyond which little is gained
-FLOPS_SHARE, BANDWIDTH_SHARE = 1 / 3, 0.65  # of the rates of data sheets, that models come to
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,10 @@ class Cost:
     smaller: tuple[int, int] | None
     size: tuple[int, int]
     latency_s: float | None
+
+    def training_bytes(self, batch: int) -> float:
+        """Of a GPU, for so many crops at once."""
+        return RESERVED + self.fixed_bytes + (1 + SLACK) * batch * self.image_bytes
 
 
 def estimate_costs(names: Sequence[str], task: str, ask: Ask, found: Fingerprint | None) -> dict[str, Cost]:
@@ -104,7 +107,7 @@ def _estimate(
 
 def _num_fitting(profile: Profile, extent: Extent, crop: tuple[int, int], memory: int) -> int:
     """Crops of a batch that fit into so many bytes, MOST at most."""
-    room = (memory - RESERVED - profile.bytes_fixed) / (SLACK * image_bytes(profile, extent, crop))
+    room = (memory - RESERVED - profile.bytes_fixed) / ((1 + SLACK) * image_bytes(profile, extent, crop))
     return max(0, min(MOST, int(room)))
 
 
@@ -123,8 +126,8 @@ def _latency(extent: Extent, gpu: Gpu) -> float:
     """Seconds for an image of SIZE: for its operations or for its memory's traffic, whichever takes longer."""
     rate = gpu.half if gpu.has_bf16 else gpu.single
     traffic = extent.prediction_traffic * (1 if gpu.has_bf16 else 2)
-    by_flops = extent.prediction_flops / (rate * 1e12 * FLOPS_SHARE)
-    return max(by_flops, traffic / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE))
+    by_flops = extent.prediction_flops / (rate * 1e12 * math.sqrt(math.prod(EFFICIENCY)))  # in between
+    return max(by_flops, traffic / (gpu.bandwidth * 1e9 * math.sqrt(math.prod(BANDWIDTH))))
 
 
 def _area(size: tuple[int, int]) -> int:

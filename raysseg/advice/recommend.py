@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysseg.advice.amounts import in_gib
-from raysseg.advice.estimates import GPU, RESERVED, SIZE, SLACK, Cost, estimate_costs, memory_of
+from raysseg.advice.estimates import GPU, SIZE, Cost, estimate_costs, memory_of
 from raysseg.advice.guidance import KINDS, Guidance, Kind, Remark, read_guidance
 from raysseg.advice.situation import DATA_KINDS, Ask, choose_task, situation_of
-from raysseg.catalogue import PROMPT_MODELS
+from raysseg.catalogue import MODELS, PROMPT_MODELS
 from raysseg.findings.fingerprint import Fingerprint
 
 
@@ -150,10 +150,12 @@ def _excluded_by_cost(costs: Mapping[str, Cost], ask: Ask) -> Iterator[Excluded]
     memory = memory_of(ask)
     for name, cost in costs.items():
         if cost.batch == 0 and memory is not None:
-            need = RESERVED + cost.fixed_bytes + SLACK * cost.image_bytes
+            need = cost.training_bytes(1)
             text = f"training takes about {in_gib(need)} for one image of {_shown(cost.crop)}, of {in_gib(memory)}"
-            crop = f", or data.crop: {list(cost.smaller)}" if cost.smaller else ""
-            yield Excluded(name, text, f"--gpu-memory {math.ceil(need / 2**30)}GiB{crop}")
+            mend = f"--gpu-memory {math.ceil(need / 2**30)}GiB"
+            mend += f", data.crop: {list(cost.smaller)}" if cost.smaller else ""
+            mend += ", perhaps model.checkpoint_activations: true" if MODELS[name].recomputes else ""
+            yield Excluded(name, text, mend)
         elif ask.latency_s is not None and cost.latency_s is not None and cost.latency_s > ask.latency_s:
             took = f"{math.ceil(cost.latency_s * 1000)}ms"
             text = f"about {took} an image of {_shown(cost.size)}, more than {ask.latency_s * 1000:g}ms"

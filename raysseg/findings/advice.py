@@ -254,8 +254,8 @@ def _more_terms(train: SplitFacts) -> Iterator[str]:
         )
     if len(present) > 2 and _unevenness(present) >= _UNEVEN:
         yield (
-            "Where mIoU is what counts, loss.lovasz beside cross-entropy goes for IoU itself; it takes 13 times as long, "
-            "and what it gains on these data is not known."
+            "Where mIoU is what counts, loss.lovasz beside cross-entropy goes for IoU itself; it takes 13 times as "
+            "long, and what it gains on these data is not known."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
@@ -283,7 +284,9 @@ def test_memory_rules_out_and_says_what_brings_back() -> None:
     assert "mask2former-swin-tiny" not in out
     entry = out["detr-resnet-50"]
     assert entry.reason.endswith("for one image of 512x512, of 6 GiB")
-    memory, crop = entry.mend.removeprefix("--gpu-memory ").split(", or data.crop: ")
+    memory, crop = re.findall(
+        r"^--gpu-memory (\w+), data\.crop: (\[\d+, \d+\]), perhaps model\.checkpoint", entry.mend
+    )[0]
     names = [model.name for model in recommend(Ask("panoptic", memory=to_bytes(memory, ""))).models]
     assert entry.name in names
     smaller = fingerprint(SOURCES["coco_panoptic"])
@@ -301,7 +304,10 @@ def test_the_batch_that_fits_goes_into_the_job() -> None:
         assert cost is not None
         assert job.batch.per_worker == cost.batch
         assert cost.batch in expected
-        assert cost.fixed_bytes + (cost.batch or 0) * cost.image_bytes < memory * 2**30
+        assert cost.training_bytes(cost.batch or 0) < memory * 2**30
+    job = config.parse(yaml.safe_load(to_job(recommend(Ask(), data), data)))
+    assert isinstance(job, config.TrainJob)
+    assert job.batch.per_worker == config.AUTO
 
 
 def test_latency_rules_out_on_the_gpu_that_is_named() -> None:
