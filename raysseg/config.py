@@ -971,6 +971,10 @@ class ServedBundle(Replicas):
     batch_pixels: Annotated[int, Field(ge=1)] | None = None
     """Of the images, as the model sees them, that go through it together; a larger one goes alone. Default: 4 million
     on a GPU; on CPUs each image goes alone, as a batch takes as long as its images one by one."""
+    max_pixels: Annotated[int, Field(ge=1024)] | None = None
+    """Of an image that goes through the model whole, as it is; a larger one is refused. Default: 4 million on CPUs,
+    where all others would wait for it for minutes; on a GPU, and where images are resized or cut into tiles,
+    `http.max_pixels` alone counts."""
     inference: Inference = Inference()
     """Keys that are left out are as the bundle was validated."""
     precision: Precision = "auto"

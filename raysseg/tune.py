@@ -277,4 +277,4 @@ def _settings(trial: FrozenTrial) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else "null" if value is None else str(value)
