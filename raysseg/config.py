@@ -415,8 +415,17 @@ class Schedule(Section):
     """End before the last epoch where a metric no longer gets better; null: never."""
 
 
+class Batch(Section):
+    """Accumulation follows from these two and the number of workers."""
+
+    global_size: Annotated[int, Field(ge=1)] = 16
+    """Images an optimiser step."""
+    per_worker: Annotated[int, Field(ge=1)] = 4
+    """Images a worker's forward pass, at most."""
+
+
 AUTO = 0
-"""Of `batch.per_worker`: `auto`, before it is decided."""
+"""Of a train job's `batch.per_worker`: `auto`, before it is decided."""
 
 
 def _as_per_worker(value: Any) -> Any:
@@ -435,14 +444,12 @@ PerWorker = Annotated[
 ]
 
 
-class Batch(Section):
+class TrainBatch(Batch):
     """Accumulation follows from these two and the number of workers."""
 
-    global_size: Annotated[int, Field(ge=1)] = 16
-    """Images an optimiser step."""
     per_worker: PerWorker = 4
-    """Images a worker's forward pass, at most. `auto`, in training: as many as the GPU's memory should hold, in even
-    parts of a worker's share of the global batch; 4 on CPUs. Decided once a run, which the results do not depend on."""
+    """Images a worker's forward pass, at most. `auto`: as many as the GPU's memory should hold, in even parts of a
+    worker's share of the global batch; 4 on CPUs. It is decided once a run, and no result depends on it."""
 
 
 class Scaling(Section):
@@ -675,7 +682,7 @@ class TrainJob(DataJob):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    batch: Batch = Batch()
+    batch: TrainBatch = TrainBatch()
     checkpoint: Checkpoint = Checkpoint()
     metrics: tuple[MetricName, ...] = ()
     """Beside the task's own, what takes longer: boundary_iou and surface (semantic), boundary_ap (instance),
@@ -768,12 +775,6 @@ def _check_metrics(task: Task, metrics: Sequence[str]) -> None:
         raise PydanticCustomError("metrics", message, context)
 
 
-def _check_per_worker(batch: Batch) -> None:
-    if batch.per_worker == AUTO:
-        context = {"key": "batch.per_worker"}
-        raise PydanticCustomError("auto", "auto is for training; give a number", context)
-
-
 class EvaluateJob(DataJob):
     """Metrics of a bundle, or of stored predictions, over a data set."""
 
@@ -794,7 +795,6 @@ class EvaluateJob(DataJob):
     @model_validator(mode="after")
     def _has_one_side(self) -> Self:
         _check_metrics(self.task, self.metrics)
-        _check_per_worker(self.batch)
         if (self.bundle is None) == (self.predictions is None):
             raise PydanticCustomError("sides", "give either `bundle` or `predictions`")
         if self.predictions is not None and self.inference != Inference():
@@ -887,7 +887,6 @@ class PredictJob(BaseJob):
 
     @model_validator(mode="after")
     def _has_images(self) -> Self:
-        _check_per_worker(self.batch)
         if getattr(self.data, "images", "") is None:
             raise PydanticCustomError("images", "missing: a bundle predicts from images", {"key": "data.images"})
         if self.is_scored and isinstance(self.data, MasksSource) and self.data.masks is None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from raysseg import config
@@ -54,9 +56,9 @@ class Pass:
         images: of a micro-batch.
         inputs: bytes of its images and targets.
         saved: bytes that its forward pass leaves for the backward pass.
-        peaks: bytes at most, beside inputs, weights, optimiser and average, in each part of forward and backward passes;
-            gradients count as they come. A part ends where a module is entered or left, or a gradient is there; parts
-            are the same for any number of images.
+        peaks: bytes at most, beside inputs, weights, optimiser and average, in each part of forward and backward
+            passes; gradients count as they come. A part ends where a module is entered or left, or a gradient is there:
+            parts are the same for any number of images.
         flops_forward: of a micro-batch's forward pass and loss.
         flops: of its forward and backward pass.
         traffic: bytes that its operations read and write in both.
@@ -102,7 +104,9 @@ class Sketch:
             model = outline_model(job.model, classes, job.task, job.loss, weights).train()
             self._phantoms.is_building = False
             model.work_most()
-            self._state = build_state(model, job.optimizer, dtype, job.ema)
+            self._state = build_state(
+                model, job.optimizer, torch.float32, job.ema
+            )  # fp16's scaler holds next to nothing
             if job.model.checkpoint_activations:
                 model.recompute_layers()
             self._phantoms.forget(_weights_of(self._state))
@@ -110,7 +114,8 @@ class Sketch:
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        with self._phantoms, gpu_rules() if self._on_gpu else nullcontext():
+        alone = patch.object(dist, "is_initialized", bool)  # the other ranks have no part in this
+        with alone, self._phantoms, gpu_rules() if self._on_gpu else nullcontext():
             yield
 
     def _measure_fixed(self) -> Fixed:

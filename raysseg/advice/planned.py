@@ -12,9 +12,7 @@ _HEAD = ("GPU", "precision", "fits", "per_worker", "passes", "memory", "images/s
 
 def as_text(result: dict[str, Any]) -> str:
     """The lines that `raysseg plan` prints."""
-    return "\n".join(
-        [*_job_lines(result), *_trial_lines(result.get("trial")), "", *_choice_lines(result), *_remark_lines(result)]
-    )
+    return "\n".join([*_job_lines(result), *_trial_lines(result), "", *_choice_lines(result), *_remark_lines(result)])
 
 
 def _job_lines(result: dict[str, Any]) -> Iterator[str]:
@@ -59,15 +57,17 @@ def _cells(choice: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _trial_lines(trial: dict[str, Any] | None) -> Iterator[str]:
-    if trial is None:
+def _trial_lines(result: dict[str, Any]) -> Iterator[str]:
+    if (trial := result.get("trial")) is None:
         return
     yield ""
     yield (
         f"measured over {trial['steps']} steps on {trial['device']}: {trial['images_per_s']:.3g} images/s, "
         f"{trial['wait_share']:.0%} of the time waiting for data, {in_gib(trial['memory'])} {trial['memory_is']}"
     )
-    yield f"the input alone gives {trial['input_images_per_s']:.3g} images/s"
+    rates = [choice["speed"]["likely"] / result["workers"] for choice in result["choices"] if choice["speed"]]
+    wanted = f"; of the GPUs below, one takes {min(rates):.3g} to {max(rates):.3g}" if rates else ""
+    yield f"the input alone gives a worker {trial['input_images_per_s']:.3g} images/s{wanted}"
 
 
 def _remark_lines(result: dict[str, Any]) -> Iterator[str]:
@@ -83,7 +83,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _duration(seconds: float) -> str:
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_plan
@@ -19,7 +21,7 @@ from raysseg.advice import plan as planning
 from raysseg.advice.costs import Sketch, saved_bytes, tensors_of
 from raysseg.advice.gpus import GPUS, find_gpu
 from raysseg.advice.phantom import Phantoms, gpu_rules
-from raysseg.advice.plan import Ask, Load, plan, split_evenly
+from raysseg.advice.plan import Ask, Load, choose_per_worker, plan, split_evenly
 from raysseg.advice.profiles import read_costs
 from raysseg.catalogue import MODELS
 from raysseg.cli import main
@@ -218,21 +220,25 @@ def test_a_plan_of_real_data_and_of_a_search(example: Path, capsys: pytest.Captu
     [
         (["--gpu", "A10H"], "--gpu: received A10H; known: T4, V100, L4, A10G"),
         (["--memory", "lots"], "--memory: received 'lots'; allowed"),
-        (
-            ["model={name: segformer-b5, weights: null}", "data.crop=[512, 512]", "--memory", "2.2GiB"],
-            "for a single image",
-        ),
         (["batch.per_worker=0"], "batch.per_worker: received 0; allowed: numbers from 1 on, or auto"),
     ],
 )
 def test_what_cant_be_planned_is_said(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "jobs/example-segformer-semantic.yaml", *arguments]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("memory", "mend"),
+    [("1.3GiB", "set model.checkpoint_activations=true: 0.5"), ("1.2GiB", r"set data.crop=\[\d+, \d+\]: 0.3")],
+)
+def test_what_would_make_it_fit_is_said(memory: str, mend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["model.name=segformer-b0", "data.crop=[512, 512]", "batch.global_size=2"]
+    assert main(["plan", "jobs/example-segformer-semantic.yaml", *overrides, "--memory", memory]) == 2
     said = capsys.readouterr().err
-    assert expected in said
-    if "single" in expected:
-        assert "set model.checkpoint_activations=true" in said or "set data.crop=" in said
-        assert "take a smaller model: " in said
-        assert "take a GPU with more memory: T4" in said
+    assert "segformer-b0 at [512, 512] in bf16 takes 0.5" in said
+    assert re.search(mend, said)
+    assert "take a GPU with more memory: T4" in said
 
 
 def test_gpus_are_found_by_their_letters() -> None:
@@ -270,6 +276,25 @@ def test_auto_goes_by_the_memory_of_the_gpu(example: Path, tmp_path: Path, monke
     monkeypatch.setattr(worker, "free_memory", lambda device, scaling: usable)
     assert np.isfinite([row["train/loss"] for row in rows(train(job).run)]).all()
     assert standing.per_worker(job) == 3  # 8 in passes of 3, 3 and 2
+
+
+def test_auto_is_decided_by_one_rank_of_several() -> None:
+    job = make_job("segformer-tiny", "semantic", 64, 8, "fp16")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert choose_per_worker(job, read_class_map(job.classes), torch.float16, 2**40, 2) == 4
+    finally:
+        dist.destroy_process_group()
+
+
+def test_auto_is_for_training_and_kept_in_the_job() -> None:
+    raw = make_job("segformer-tiny", "semantic", 64).model_dump(mode="json") | {"batch": {"per_worker": "auto"}}
+    job = config.parse_as(config.TrainJob, raw)
+    assert job.model_dump(mode="json")["batch"]["per_worker"] == "auto"
+    assert config.parse_as(config.TrainJob, job.model_dump(mode="json")) == job
+    predict = {"kind": "predict", "name": "a", "bundle": "b", "data": raw["data"]["train"], "batch": raw["batch"]}
+    with pytest.raises(InputError, match=r'batch.per_worker: received "auto"; allowed: a whole number'):
+        config.parse_as(config.PredictJob, predict | {"output": {"format": "masks", "uri": "c"}})
 
 
 def test_a_rehearsal_trains_and_keeps_nothing(example: Path, tmp_path: Path) -> None:
