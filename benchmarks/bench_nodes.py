@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from benchmarks.nodes import enter_namespaces, ground
@@ -37,8 +38,9 @@ def main() -> None:
     from benchmarks.results import device_name, print_rows, write_result
 
     part = {"train": nodes_train, "serve": nodes_serve}[options.part]
-    with tempfile.TemporaryDirectory(prefix="rs-") as scratch:
-        with ground(options.folder or Path(scratch), part.ENVIRONMENT) as there:
+    folder = tempfile.TemporaryDirectory(prefix="rs-") if options.folder is None else nullcontext(options.folder)
+    with folder as path:
+        with ground(Path(path), part.ENVIRONMENT) as there:
             rows = part.measure(there, silent=options.silent)
         settings = {"silent": options.silent, "namespaces": there.cluster.network.is_real}
     if options.rows is None:
