@@ -47,7 +47,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_annotations
 	$(BIN)/python -m benchmarks.bench_inspect
 	$(BIN)/python -m benchmarks.bench_balance --epochs 8 --passes 8
+	$(BIN)/python -m benchmarks.bench_ceilings
 	$(BIN)/python -m benchmarks.bench_serve
+	$(BIN)/python -m benchmarks.bench_scale
 
 clean:
 	rm -rf .venv demo runs

@@ -23,6 +23,8 @@ class Entry:
         has_own_loss: whether it brings its loss along; then `loss:` takes `class_weights` alone, if anything.
         takes_class_weights: whether its loss has a place for them.
         takes_encoder: whether `model.encoder` chooses its backbone.
+        recomputes: whether `model.checkpoint_activations` has a place; not where all layers have BatchNorm, whose
+            statistics would count an image twice.
     """
 
     family: str
@@ -34,6 +36,7 @@ class Entry:
     has_own_loss: bool = False
     takes_class_weights: bool = True
     takes_encoder: bool = False
+    recomputes: bool = False
 
 
 _SEGFORMER = Entry(
@@ -42,6 +45,7 @@ _SEGFORMER = Entry(
     source="Xie et al. 2021, section 4.1; ten times the rate from scratch",
     defaults={"optimizer": {"lr": 6e-5, "head_lr_factor": 10.0}},
     from_scratch={"optimizer": {"lr": 6e-4, "head_lr_factor": 1.0}},
+    recomputes=True,
 )
 
 _DETR = Entry(
@@ -52,6 +56,7 @@ _DETR = Entry(
     from_scratch={"optimizer": {"backbone_lr_factor": 1.0}},
     by_task={"panoptic": {"inference": {"score_threshold": 0.85}}},
     has_own_loss=True,
+    recomputes=True,
 )
 
 _MASKRCNN = Entry(
@@ -70,6 +75,7 @@ _MASK2FORMER = Entry(
     defaults={"optimizer": {"lr": 1e-4, "backbone_lr_factor": 0.1, "weight_decay": 0.05, "clip_norm": 0.01}},
     from_scratch={"optimizer": {"backbone_lr_factor": 1.0}},
     has_own_loss=True,
+    recomputes=True,
 )
 
 _EOMT = Entry(
@@ -83,6 +89,7 @@ _EOMT = Entry(
     },
     from_scratch={"optimizer": {"backbone_lr_factor": 1.0}},
     has_own_loss=True,
+    recomputes=True,
 )
 
 _RFDETR = Entry(
@@ -95,6 +102,7 @@ _RFDETR = Entry(
     from_scratch={"optimizer": {"backbone_lr_factor": 1.0}},
     has_own_loss=True,
     takes_class_weights=False,
+    recomputes=True,
 )
 
 _SMP = Entry(

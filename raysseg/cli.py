@@ -18,14 +18,16 @@ from raysseg.schema import InputError, JobEnded, RunStopped
 
 if TYPE_CHECKING:
     from raysseg.config import Job
+    from raysseg.findings.fingerprint import Fingerprint
 
 JOB_VERBS = {
     "train": "train a model, or go on with a run that stopped",
     "tune": "search a train job's settings, or go on with a search that stopped",
+    "plan": "what a train job takes: memory, batch, time and cost on GPUs, before any is rented",
     "evaluate": "score a bundle, or stored predictions, over a data set",
     "predict": "segment images with a bundle: COCO, PNG masks, COCO panoptic or shards",
     "serve": "answer requests over HTTP with bundles and prompted models, and show the playground",
-    "inspect": "what a data set holds, what is wrong with it and what to do about it; also: inspect IMAGES MASKS",
+    "inspect": "what a data set holds, what is wrong with it and what to do about it; also: IMAGES MASKS, or FOLDER",
     "shard": "write a data set as Parquet shards, or --to another format",
     "export": "write a bundle as an ONNX graph; also: export BUNDLE OUT.onnx",
 }
@@ -71,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument("--to", metavar="FORMAT", help="output.format: shards, masks, coco or coco_panoptic")
         if verb == "inspect":
             part.add_argument("--write-job", metavar="PATH", help="write a train job that follows the advice")
+        if verb == "plan":
+            _add_plan(part)
+    _add_recommend(verbs.add_parser("recommend", help="which model to begin with, why, and what it costs"))
     _add_submit(verbs.add_parser("submit", help="run any job file on a Ray cluster, and follow it to its end"))
     example = verbs.add_parser("example", help="draw the example data set, for all three tasks")
     example.add_argument("out", type=Path, help="folder to write")
@@ -82,6 +87,31 @@ def _parser() -> argparse.ArgumentParser:
     schema = verbs.add_parser("schema", help="print the JSON Schema of job files, for editors")
     schema.set_defaults(json=True)
     return parser
+
+
+def _add_recommend(part: argparse.ArgumentParser) -> None:
+    what = (
+        "fingerprint.json, IMAGES MASKS, a folder of both, or an inspect job's file; dotted.key=value changes that job"
+    )
+    part.add_argument("data", nargs="*", metavar="DATA", help=what)
+    part.add_argument("--task", choices=("semantic", "instance", "panoptic", "prompt"))
+    part.add_argument("--priority", choices=("accuracy", "speed", "small-objects", "interactive"))
+    part.add_argument("--use-case", choices=("medical", "driving", "editing", "inspection"))
+    part.add_argument("--gpu-memory", metavar="SIZE", help="models that can't be trained in it are ruled out: 12GiB")
+    part.add_argument("--latency", metavar="TIME", help="models that take longer an image are ruled out: 50ms")
+    part.add_argument("--gpu", metavar="NAME", help="whose memory and speed count")
+    part.add_argument("--write-job", metavar="PATH", help="write a job for the first one: to train it, or to serve SAM")
+    part.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _add_plan(part: argparse.ArgumentParser) -> None:
+    part.add_argument("--gpu", metavar="NAME", help="plan for this GPU alone, such as A10G (default: all known ones)")
+    part.add_argument("--memory", metavar="SIZE", help="of a GPU that is not known, such as 24GiB")
+    part.add_argument("--workers", type=int, metavar="N", help="a GPU each (default: the job's)")
+    part.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU, an hour (default: about what it costs)")
+    part.add_argument(
+        "--measure", action="store_true", help="train ten steps where the job would run, and throw them away"
+    )
 
 
 def _add_submit(part: argparse.ArgumentParser) -> None:
@@ -117,12 +147,31 @@ def _run(options: argparse.Namespace) -> dict[str, Any] | None:
         return {"data": str(options.out.resolve()), "train": options.train, "val": options.val, "seed": options.seed}
     if options.verb == "submit":
         return _submit(options)
+    if options.verb == "recommend":
+        return _recommend(options)
     overrides = [*options.overrides, *([f"output.format={options.to}"] if getattr(options, "to", None) else [])]
     job = _load_job(options.verb, options.job, overrides)
     from raysseg.runtime import log_to_stderr
 
     log_to_stderr()
+    if options.verb == "plan":
+        return {"kind": "plan", **_plan(job, options)}
     return {"kind": job.kind, **_run_job(job, getattr(options, "write_job", None))}
+
+
+def _plan(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Plans a train job, or the one that a search varies."""
+    from raysseg import config
+    from raysseg.advice.plan import Ask, plan
+
+    train_job = job.train_job({}) if isinstance(job, config.TuneJob) else job
+    assert isinstance(train_job, config.TrainJob)
+    planned = asdict(plan(train_job, Ask(options.gpu, options.memory, options.workers, options.price)))
+    if not options.measure:
+        return planned
+    from raysseg.rehearsal import rehearse
+
+    return {**planned, "trial": asdict(rehearse(train_job))}
 
 
 def _submit(options: argparse.Namespace) -> dict[str, Any]:
@@ -154,6 +203,47 @@ def _submit(options: argparse.Namespace) -> dict[str, Any]:
     return {"id": job_id, **(ended.result or {})}
 
 
+def _recommend(options: argparse.Namespace) -> dict[str, Any]:
+    """Ranks models for what is asked, and for the data if any are named."""
+    from raysseg import storage
+    from raysseg.advice.amounts import to_bytes, to_seconds
+    from raysseg.advice.draft import to_job
+    from raysseg.advice.recommend import recommend
+    from raysseg.advice.situation import Ask
+
+    ask = Ask(
+        options.task,
+        options.priority,
+        options.use_case,
+        options.gpu_memory and to_bytes(options.gpu_memory, "--gpu-memory"),
+        options.latency and to_seconds(options.latency, "--latency"),
+        options.gpu,
+    )
+    found = _fingerprint_of(options.data) if options.data else None
+    answer = recommend(ask, found)
+    shown = {"kind": "recommend", **asdict(answer)}
+    if options.write_job is None:
+        return shown
+    storage.write_text(storage.absolute(options.write_job), to_job(answer, found))
+    return {**shown, "job": options.write_job}
+
+
+def _fingerprint_of(data: Sequence[str]) -> Fingerprint:
+    """The fingerprint in a file, or of data that are inspected now."""
+    if data[0].endswith(".json") and len(data) == 1:
+        from raysseg.findings.fingerprint import read_fingerprint
+
+        return read_fingerprint(data[0])
+    job = _load_job("inspect", data[0], data[1:])
+    from raysseg.config import InspectJob
+    from raysseg.fingerprint import inspect
+    from raysseg.runtime import log_to_stderr
+
+    assert isinstance(job, InspectJob)
+    log_to_stderr()
+    return inspect(job).fingerprint
+
+
 def _load_job(verb: str, path: str, overrides: Sequence[str]) -> Job:
     """The job of a file; to inspect and to export, two paths will do."""
     from raysseg import config
@@ -161,8 +251,10 @@ def _load_job(verb: str, path: str, overrides: Sequence[str]) -> Job:
     plain = {"inspect": config.plain_inspect, "export": config.plain_export}.get(verb)
     if plain is not None and overrides and "=" not in overrides[0]:
         return plain(path, overrides[0], overrides[1:])
+    if verb == "inspect" and Path(path).is_dir():
+        return config.plain_folder(path, overrides)
     job = config.load(path, overrides)
-    if job.kind != verb:
+    if job.kind != verb and not (verb == "plan" and job.kind in ("train", "tune")):
         raise InputError(f"{path}: kind is {job.kind!r}: run it as `raysseg {job.kind} {path}`")
     return job
 
@@ -220,6 +312,14 @@ def _jsonable(value: Any) -> Any:
 
 def _as_text(result: dict[str, Any]) -> str:
     """The result for people: a table of metrics, then the rest line by line."""
+    if result.get("kind") == "recommend":
+        from raysseg.advice import recommended
+
+        return recommended.as_text(result)
+    if result.get("kind") == "plan":
+        from raysseg.advice import planned
+
+        return planned.as_text(result)
     if "findings" in result:
         return _fingerprint_as_text(result)
     if "jobs" in result:

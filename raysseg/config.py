@@ -16,8 +16,10 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Discriminator,
     Field,
+    PlainSerializer,
     Tag,
     ValidationError,
     WithJsonSchema,
@@ -263,6 +265,9 @@ class Model(Section):
     segmentation_models.pytorch, their own: `imagenet` for the encoder, `torchvision` for all of Mask R-CNN."""
     encoder: str | None = None
     """Of U-Net and DeepLabV3+: the name of an encoder in segmentation_models.pytorch or timm."""
+    checkpoint_activations: bool = False
+    """Keep less of forward passes, and compute it once more in backward passes: the same numbers, less memory, about a
+    third more time."""
 
 
 @dataclass(frozen=True)
@@ -417,6 +422,34 @@ class Batch(Section):
     """Images an optimiser step."""
     per_worker: Annotated[int, Field(ge=1)] = 4
     """Images a worker's forward pass, at most."""
+
+
+AUTO = 0
+"""Of a train job's `batch.per_worker`: `auto`, before it is decided."""
+
+
+def _as_per_worker(value: Any) -> Any:
+    if value == "auto":
+        return AUTO
+    if isinstance(value, int | float) and value < 1:
+        raise PydanticCustomError("per_worker", "allowed: numbers from 1 on, or auto")
+    return value
+
+
+PerWorker = Annotated[
+    int,
+    BeforeValidator(_as_per_worker),
+    PlainSerializer(lambda images: "auto" if images == AUTO else images),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+
+
+class TrainBatch(Batch):
+    """Accumulation follows from these two and the number of workers."""
+
+    per_worker: PerWorker = 4
+    """Images a worker's forward pass, at most. `auto`: as many as the GPU's memory should hold, in even parts of a
+    worker's share of the global batch; 4 on CPUs. It is decided once a run, and no result depends on it."""
 
 
 class Scaling(Section):
@@ -649,7 +682,7 @@ class TrainJob(DataJob):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    batch: Batch = Batch()
+    batch: TrainBatch = TrainBatch()
     checkpoint: Checkpoint = Checkpoint()
     metrics: tuple[MetricName, ...] = ()
     """Beside the task's own, what takes longer: boundary_iou and surface (semantic), boundary_ap (instance),
@@ -707,6 +740,11 @@ class TrainJob(DataJob):
             message = "{name} has its own; leave it out, or take one of {takers}"
             context = {"key": "model.encoder", "name": self.model.name, "takers": takers}
             raise PydanticCustomError("encoder", message, context)
+        if self.model.checkpoint_activations and not entry.recomputes:
+            able = ", ".join(name for name, other in MODELS.items() if other.recomputes)
+            message = "{name} can't compute its layers twice; leave it out, or take one of {able}"
+            context = {"key": "model.checkpoint_activations", "name": self.model.name, "able": able}
+            raise PydanticCustomError("recomputes", message, context)
         if entry.has_own_loss:
             takes = {"class_weights", "effective_beta"} if entry.takes_class_weights else set()
             surplus = sorted(self.loss.model_fields_set - takes)
@@ -932,6 +970,10 @@ class ServedBundle(Replicas):
     batch_pixels: Annotated[int, Field(ge=1)] | None = None
     """Of the images, as the model sees them, that go through it together; a larger one goes alone. Default: 4 million
     on a GPU; on CPUs each image goes alone, as a batch takes as long as its images one by one."""
+    max_pixels: Annotated[int, Field(ge=1024)] | None = None
+    """Of an image that goes through the model whole, as it is; a larger one is refused. Default: 4 million on CPUs,
+    where all others would wait for it for minutes; on a GPU, and where images are resized or cut into tiles,
+    `http.max_pixels` alone counts."""
     inference: Inference = Inference()
     """Keys that are left out are as the bundle was validated."""
     precision: Precision = "auto"
@@ -1258,6 +1300,23 @@ def plain_inspect(images: str, masks: str, overrides: Sequence[str] = ()) -> Job
     name = _as_name(f"inspect-{'-'.join(folder.name for folder in folders[::-1])}")
     data = {"format": "masks", "images": images, "masks": masks}
     return compose({"kind": "inspect", "name": name, "classes": listed, "data": data}, overrides, "inspect")
+
+
+def plain_folder(folder: str, overrides: Sequence[str] = ()) -> Job:
+    """The job of `raysseg inspect FOLDER`: of images/ and masks/, or of train/ and val/ with both; and classes.json."""
+    root = Path(storage.absolute(folder))
+    splits = {
+        name: {"format": "masks", **{kind: str(part / kind) for kind in ("images", "masks")}}
+        for name, part in {"": root, "train": root / "train", "val": root / "val"}.items()
+        if (part / "images").is_dir() and (part / "masks").is_dir()
+    }
+    data = splits.pop("", None) or splits
+    if "format" not in data and "train" not in data:
+        mend = "name IMAGES and MASKS, or write an inspect job, which knows other formats"
+        raise JobError(f"{folder}: holds neither images/ and masks/ nor train/ with both; {mend}")
+    listed = str(root / "classes.json") if (root / "classes.json").is_file() else None
+    raw = {"kind": "inspect", "name": _as_name(f"inspect-{root.name}"), "classes": listed, "data": data}
+    return compose(raw, overrides, "inspect")
 
 
 def plain_export(bundle: str, output: str, overrides: Sequence[str] = ()) -> Job:

@@ -222,8 +222,17 @@ def build_optimizer(model: SegModel, settings: config.Optimizer) -> torch.optim.
     return torch.optim.AdamW(parts, lr=settings.lr, betas=settings.betas, fused=True)
 
 
-def wrap(model: SegModel, *, is_compiled: bool, channels_last: bool) -> nn.Module:
-    """The model as it is trained: in its memory format, distributed where a process group is up, compiled if asked."""
+def wrap(model: SegModel, *, is_compiled: bool, channels_last: bool, recomputes: bool = False) -> nn.Module:
+    """The model as it is trained: in its memory format, distributed where a process group is up, compiled if asked.
+
+    Args:
+        model: see SegModel.
+        is_compiled: by torch.compile.
+        channels_last: its memory format.
+        recomputes: backward passes compute some layers once more.
+    """
+    if recomputes:
+        model.recompute_layers()
     if channels_last:
         model.to(memory_format=torch.channels_last)
     device = next(model.parameters()).device
@@ -318,9 +327,9 @@ def fit(
             micro_batches, pairs, wait_s = ahead
             lr = _prepare(state, job, total)
             statistics.keep()
-            parts = _backward(model, state, pairs, dtype)
+            parts = backward(model, state, pairs, dtype)
             ahead = _fetch(batches, job, epoch, device) if stop < num_samples else None  # while the device computes
-            is_finite = _update(state, job)
+            is_finite = update(state, job)
             state.step += 1
             state.ledger = Ledger(epoch, stop, order_hash)
             incident = None
@@ -376,7 +385,7 @@ def _fetch(batches: Iterator[list[Batch]], job: config.TrainJob, epoch: int, dev
     return _Fetched(micro_batches, [move(batch) for batch in micro_batches], wait_s)
 
 
-def _backward(
+def backward(
     model: nn.Module, state: TrainState, pairs: list[tuple[Tensor, Targets]], dtype: torch.dtype
 ) -> list[dict[str, Tensor]]:
     """The gradient of a global batch; returns this rank's losses by micro-batch, scaled to the whole.
@@ -400,7 +409,7 @@ def _backward(
     return parts
 
 
-def _update(state: TrainState, job: config.TrainJob) -> bool:
+def update(state: TrainState, job: config.TrainJob) -> bool:
     """Applies the gradient, unless it is not finite; every rank has the same one, and decides alike."""
     state.scaler.unscale_(state.optimizer)
     parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]

@@ -16,6 +16,8 @@ from raysseg import checkpoint, storage
 from raysseg.config import TrainJob, TuneJob
 from raysseg.schema import InputError
 
+OUT_OF_MEMORY = "a GPU ran out of memory"
+
 History = list[dict[str, float]]
 """A row an epoch: `epoch` and `step`, `train/...`, and `val/...` as soon as it is known."""
 
@@ -109,16 +111,26 @@ def has_stalled(job: TrainJob, history: History) -> bool:
 
 
 def per_worker(job: TrainJob) -> int:
-    """Images a worker's forward pass: as the job says, or what those were halved to when memory ran out."""
-    uri = storage.join(job.run_uri, "per_worker.json")
-    found = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
-    return int(found["per_worker"]) if found.get("asked") == job.batch.per_worker else job.batch.per_worker
+    """Images a worker's forward pass: as the job says, or as it was found to fit; AUTO where it is not found yet."""
+    return int(_found_per_worker(job).get("per_worker", job.batch.per_worker))
 
 
-def write_per_worker(job: TrainJob, asked: int, images: int) -> None:
+def was_halved(job: TrainJob) -> bool:
+    """Whether memory ran out with as many images a forward pass as the job asks for."""
+    return _found_per_worker(job).get("because") == OUT_OF_MEMORY
+
+
+def write_per_worker(job: TrainJob, asked: int, images: int, because: str) -> None:
     """Sets the images of a worker's forward pass for as long as the job asks for so many."""
-    content = {"asked": asked, "per_worker": images, "because": "a GPU ran out of memory"}
+    content = {"asked": asked, "per_worker": images, "because": because}
     storage.write_text(storage.join(job.run_uri, "per_worker.json"), json.dumps(content))
+
+
+def _found_per_worker(job: TrainJob) -> dict[str, Any]:
+    """What was found for what the job asks for."""
+    uri = storage.join(job.run_uri, "per_worker.json")
+    found: dict[str, Any] = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+    return found if found.get("asked") == job.batch.per_worker else {}
 
 
 def read_best(job: TrainJob) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -151,7 +152,7 @@ def _run_rank(settings: dict[str, Any]) -> None:
         logging.getLogger("raysseg").setLevel(logging.WARNING)
     else:
         note_place(plan.job.run_uri)
-    statistics: list[str] = []
+    statistics: deque[str] = deque(maxlen=1)  # of the last execution; a long run has many
     share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
     threads = min(max(share, 2), 8)  # more would wait for each other's Python
     decode = plan.job.data.decode
@@ -168,9 +169,8 @@ def _run_rank(settings: dict[str, Any]) -> None:
     finally:
         line.close()
     if rank == 0 and statistics:
-        text = "\n".join(statistics)
-        logger.info("Ray Data delivered the training bytes of worker 0:\n%s", text)
-        storage.write_text(storage.join(plan.job.run_uri, "data.log"), text)
+        logger.info("Ray Data delivered the training bytes of worker 0:\n%s", statistics[0])
+        storage.write_text(storage.join(plan.job.run_uri, "data.log"), statistics[0])
 
 
 def _report_to_ray(saved: Saved, plan: Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raysseg import standing
-from raysseg.config import EvaluateJob, Scaling
+from raysseg.config import Batch, EvaluateJob, Scaling
 from raysseg.evaluate import score
 from raysseg.worker import Plan
 
@@ -27,7 +27,7 @@ def evaluation_of(plan: Plan, bundle_uri: str, scaling: Scaling) -> EvaluateJob:
         bundle=bundle_uri,
         metrics=job.metrics,
         inference=job.inference,
-        batch=job.batch,
+        batch=Batch(global_size=job.batch.global_size, per_worker=standing.per_worker(job)),
         precision=job.precision,
         scaling=scaling,
     )

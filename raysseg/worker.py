@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ import torch.distributed as dist
 
 from raysseg import bundle as bundles
 from raysseg import checkpoint, standing, storage
+from raysseg.advice.plan import choose_per_worker
 from raysseg.bundle import Bundle, Preprocessing
-from raysseg.config import TrainJob
+from raysseg.config import AUTO, Scaling, TrainJob
 from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_pairs, read_ids
 from raysseg.data.index import Failure, SampleIndex, read_failures, write_failures
 from raysseg.data.sampling import Factors, order_hash
@@ -100,24 +102,31 @@ def train_epochs(plan: Plan, open_stream: OpenStream, device: torch.device, link
     """
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     asked = plan.job.batch.per_worker
-    plan = _with_room(plan, num_workers)
+    dtype = resolve_precision(plan.job.precision, device)
+    plan, was_halved = _with_room(plan, num_workers, device, dtype)
     job = plan.job
     torch.manual_seed(job.seed)
-    dtype = resolve_precision(job.precision, device)
     state = build_state(_build_on(plan, device, num_workers), job.optimizer, dtype, job.ema)
     hash_now = order_hash(plan.train, open_groups=job.data.open_shards, seed=job.seed, factors=plan.factors)
     _resume(state, plan, hash_now, rank)
     feed = build_feed(
         job, plan.train, plan.classes, state.ledger, rank=rank, num_workers=num_workers, factors=plan.factors
     )
-    model = wrap(state.model, is_compiled=job.compile, channels_last=job.channels_last)
+    model = wrap(
+        state.model,
+        is_compiled=job.compile,
+        channels_last=job.channels_last,
+        recomputes=job.model.checkpoint_activations,
+    )
     scored = scored_model(state, job.ema)
     agree = _Agreement(num_workers, job.scaling.collective_timeout_s)
     if agree(Wish.FINISH if standing.has_stalled(job, state.history) else Wish.NOTHING):
         return
     steps = _marked(iter_batches(feed, open_stream(feed)), state, link)
     fitting = partial(fit, num_samples=feed.num_positions, order_hash=hash_now, job=job, dtype=dtype)
-    events = _naming_memory(fitting(model, state, steps), job, asked=asked, first_step=state.step)
+    events = _naming_memory(
+        fitting(model, state, steps), job, asked=asked, first_step=state.step, may_halve=not was_halved
+    )
     validate = None if plan.validates_beside else partial(_validate, scored, plan, rank, num_workers, dtype, link)
     with open_trackers(job, state.step) if rank == 0 else Trackers(()) as trackers:
         keeper = _Keeper(plan, state, rank, feed.num_positions, trackers)
@@ -174,15 +183,34 @@ def _follow(
     keeper.end("finished")
 
 
-def _with_room(plan: Plan, num_workers: int) -> Plan:
-    """The plan with as many images a forward pass as were found to fit."""
-    found = [standing.per_worker(plan.job)]
+def _with_room(plan: Plan, num_workers: int, device: torch.device, dtype: torch.dtype) -> tuple[Plan, bool]:
+    """The plan with as many images a forward pass as were found to fit, and whether memory has run out with more."""
+    job, memory = plan.job, [free_memory(device, plan.job.scaling)]
+    if num_workers > 1:
+        gathered: list[Any] = [None] * num_workers
+        dist.all_gather_object(gathered, memory[0])
+        memory = gathered
+    found: list[Any] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        if standing.per_worker(job) == AUTO:
+            images = choose_per_worker(job, plan.classes, dtype, min(memory), num_workers)
+            logger.info("batch.per_worker: auto is %d here", images)
+            standing.write_per_worker(job, AUTO, images, "as many as memory should hold")
+        found = [(standing.per_worker(job), standing.was_halved(job))]
     if num_workers > 1:
         dist.broadcast_object_list(found)
-    if found[0] == plan.job.batch.per_worker:
-        return plan
-    batch = plan.job.batch.model_copy(update={"per_worker": found[0]})
-    return replace(plan, job=plan.job.model_copy(update={"batch": batch}))
+    images, was_halved = found[0]
+    if images == job.batch.per_worker:
+        return plan, was_halved
+    batch = job.batch.model_copy(update={"per_worker": images})
+    return replace(plan, job=job.model_copy(update={"batch": batch})), was_halved
+
+
+def free_memory(device: torch.device, scaling: Scaling) -> float:
+    """Bytes of a GPU that a worker can have; infinitely many of what is no GPU."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] * min(1.0, scaling.gpus_per_worker or 1.0)
 
 
 def _build_on(plan: Plan, device: torch.device, num_workers: int) -> SegModel:
@@ -234,12 +262,24 @@ def _validate(
             else:
                 metrics.update(item.pair.sample_id, item.prediction, item.pair.truth)
     model.train(was_training)
-    if num_workers > 1:
-        states: list[Any] = [None] * num_workers
-        dist.all_gather_object(states, metrics.state())
+    scores = _compute_together(metrics, plan.val, rank, num_workers)
+    return {f"val/{name}": value for name, value in scores.items()}, failures
+
+
+def _compute_together(metrics: Metrics, val: SampleIndex, rank: int, num_workers: int) -> dict[str, float]:
+    """The numbers of what all ranks have counted; the first one computes them, since all counts are large."""
+    if num_workers == 1:
+        return metrics.compute(val.ranking)
+    states: list[Any] = [None] * num_workers
+    dist.gather_object(metrics.state(), states if rank == 0 else None)
+    found: list[Any] = [None]
+    if rank == 0:
         for state in states:
             metrics.merge(state)
-    return {f"val/{name}": value for name, value in metrics.compute(plan.val.ranking).items()}, failures
+        found = [metrics.compute(val.ranking)]
+    dist.broadcast_object_list(found)
+    scores: dict[str, float] = found[0]
+    return scores
 
 
 # --- from step to step --------------------------------------------------------------------------------------------
@@ -257,7 +297,9 @@ def _marked(steps: Iterator[list[Batch]], state: TrainState, link: Link) -> Iter
         yield step
 
 
-def _naming_memory(events: Iterator[Event], job: TrainJob, *, asked: int, first_step: int) -> Iterator[Event]:
+def _naming_memory(
+    events: Iterator[Event], job: TrainJob, *, asked: int, first_step: int, may_halve: bool
+) -> Iterator[Event]:
     """The same events; where the first steps don't fit into a GPU's memory, the run is set to smaller passes, once."""
     step = first_step
     try:
@@ -266,8 +308,8 @@ def _naming_memory(events: Iterator[Event], job: TrainJob, *, asked: int, first_
             yield event
     except torch.OutOfMemoryError as error:
         size = job.batch.per_worker
-        if step - first_step < _FIRST_STEPS and size == asked > 1:
-            standing.write_per_worker(job, asked, size // 2)
+        if step - first_step < _FIRST_STEPS and may_halve and size > 1:
+            standing.write_per_worker(job, asked, size // 2, standing.OUT_OF_MEMORY)
             logger.warning(
                 "out of memory with batch.per_worker=%d; the run goes on with %d and twice the accumulation, "
                 "which leaves the global batch as it is",
@@ -277,7 +319,8 @@ def _naming_memory(events: Iterator[Event], job: TrainJob, *, asked: int, first_
             raise
         raise InputError(
             f"batch.per_worker: {size} images of {list(job.data.crop)} do not fit into the GPU's memory ({error}); "
-            "lower batch.per_worker or data.crop, take a smaller model, or set precision=bf16"
+            "lower batch.per_worker or data.crop, take a smaller model, or set precision=bf16; `raysseg plan` tells "
+            "what each comes to"
         ) from error
 
 

@@ -12,11 +12,14 @@ from raysseg.config import Loss, Model
 from raysseg.models.base import Images, Outputs, Regions, SegModel, Targets
 from raysseg.schema import ClassMap, Task
 
-__all__ = ["Images", "Outputs", "Regions", "SegModel", "Targets", "build_model", "load_model"]
+__all__ = ["Images", "Outputs", "Regions", "SegModel", "Targets", "build_model", "load_model", "outline_model"]
 
 
 class Family(Protocol):
-    """A module of models; it is imported when it is used."""
+    """A module of models; it is imported when it is used.
+
+    Where weights change more than what parameters hold, it has `outline`, too: as `build`, as if with weights.
+    """
 
     @staticmethod
     def build(
@@ -49,6 +52,20 @@ def build_model(
         InputError: the weights can't be loaded or don't fit.
     """
     return _family(model.name).build(model, classes, task, loss or Loss(), class_weights)
+
+
+def outline_model(
+    model: Model,
+    classes: ClassMap,
+    task: Task = "semantic",
+    loss: Loss | None = None,
+    class_weights: Sequence[float] | None = None,
+) -> SegModel:
+    """As build_model, with what weights would freeze, but without them: nothing is read."""
+    family = _family(model.name)
+    make = family.build if model.weights is None else getattr(family, "outline", family.build)
+    made: SegModel = make(model.model_copy(update={"weights": None}), classes, task, loss or Loss(), class_weights)
+    return made
 
 
 def load_model(name: str, folder: Path, classes: ClassMap, task: Task) -> SegModel:

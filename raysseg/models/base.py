@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raysseg.config import Inference, Precision
 from raysseg.masks import IdMap, LabelMap, View
@@ -115,6 +116,21 @@ class SegModel(nn.Module, ABC):
     def set_limits(self, inference: Inference) -> None:
         """What `decode` will be asked for, before forward passes in evaluation; for models that look for no more."""
 
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        """What `recompute_layers` goes by: layers without BatchNorm, none of them within another."""
+        return ()
+
+    def recompute_layers(self) -> None:
+        """From here on, backward passes compute these layers once more, of which forward passes keep the inputs alone.
+
+        Copies of the model must be made before: they would compute this one's layers.
+        """
+        for layer in self.repeated_layers():
+            layer.forward = _recomputed(layer.forward)
+
+    def work_most(self) -> None:
+        """From here on, a step takes as much memory as any step of a training may; to find out how much that is."""
+
     @abstractmethod
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """What the losses average over, countable before forward; adds up over micro-batches and ranks."""
@@ -147,6 +163,17 @@ class SegModel(nn.Module, ABC):
             folder: an empty folder.
             size: (height, width) that images are resized to first; None: they are taken as they are.
         """
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward pass, computed once more in the backward pass (Chen et al. 2016)."""
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *inputs, use_reentrant=False, **named)
+        return forward(*inputs, **named)
+
+    return run
 
 
 def to_whole_strides(pixels: Tensor, stride: int, least: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models import queries
 from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets
-from raysseg.models.pretrained import read_config, read_net, set_classes, write_preprocessing
+from raysseg.models.pretrained import read_config, read_net, repeated_layers, set_classes, write_preprocessing
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings
 from raysseg.schema import ClassMap, InputError, Task
 
@@ -63,6 +63,10 @@ class Detr(SegModel):
         super().__init__(classes, task, MEAN, STD)
         self.net = net
         self.criterion = SetLoss(classes, net.config.num_queries, SETTINGS, class_weights)
+
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        """See SegModel: those of the transformer."""
+        return repeated_layers(self.net)
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """Regions, and queries by the weight of their class."""
@@ -127,9 +131,21 @@ def build(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights
         net = DetrForSegmentation(config)
         net.detr = detector
         logger.info("weights: %s find boxes alone; the mask head is new", model.weights)
+    _freeze_stem(net)
+    return Detr(net, classes, task, class_weights)
+
+
+def outline(model: Model, classes: ClassMap, task: Task, loss: Loss, class_weights: Sequence[float] | None) -> Detr:
+    """A DETR that trains as one with weights does, without them."""
+    net = _from_scratch(model.name, classes)
+    _freeze_stem(net)
+    return Detr(net, classes, task, class_weights)
+
+
+def _freeze_stem(net: DetrForSegmentation) -> None:
+    """The stem and the first stage stay as they are."""
     for name, parameter in net.detr.model.backbone.named_parameters():
         parameter.requires_grad_(any(stage in name for stage in ("layer2", "layer3", "layer4")))
-    return Detr(net, classes, task, class_weights)
 
 
 def load(name: str, folder: Path, classes: ClassMap, task: Task) -> Detr:

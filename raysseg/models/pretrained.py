@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -137,6 +138,13 @@ def write_preprocessing(folder: Path, kind: str, size: tuple[int, int] | None, m
         **more,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2))
+
+
+def repeated_layers(net: PreTrainedModel, more: tuple[type[nn.Module], ...] = ()) -> list[nn.Module]:
+    """The layers of a net that transformers can compute twice, and those of more classes; the innermost."""
+    kinds = (GradientCheckpointingLayer, *more)
+    found = [module for module in net.modules() if isinstance(module, kinds)]
+    return [layer for layer in found if not any(isinstance(inner, kinds) for inner in list(layer.modules())[1:])]
 
 
 def source(weights: str) -> str:

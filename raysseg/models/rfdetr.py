@@ -20,7 +20,14 @@ from transformers.models.rf_detr.modeling_rf_detr import RfDetrForInstanceSegmen
 from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets, to_whole_strides
-from raysseg.models.pretrained import check_size, read_config, read_net, set_classes, write_preprocessing
+from raysseg.models.pretrained import (
+    check_size,
+    read_config,
+    read_net,
+    repeated_layers,
+    set_classes,
+    write_preprocessing,
+)
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings, to_mask_set
 from raysseg.schema import ClassMap, Task
 
@@ -110,6 +117,10 @@ class RfDetr(SegModel):
         embeddings.window_partition = partial(_to_windows, patch_size=backbone.patch_size, num=backbone.num_windows)
         if embeddings.mask_token is not None:
             embeddings.mask_token.requires_grad_(False)  # of DINOv2's own training; not used
+
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        """See SegModel: those of DINOv2 and the decoder."""
+        return repeated_layers(self.net)
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """Target regions."""

@@ -13,7 +13,7 @@ from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets, to_label_map
 from raysseg.models.dense import DenseLoss
-from raysseg.models.pretrained import read_config, read_net, set_classes, write_preprocessing
+from raysseg.models.pretrained import read_config, read_net, repeated_layers, set_classes, write_preprocessing
 from raysseg.schema import ClassMap, InputError, Task
 
 # depths, hidden sizes, decoder width: table 6 of the paper, and one for tests
@@ -44,6 +44,10 @@ class SegFormer(SegModel):
         super().__init__(classes, "semantic", MEAN, STD)
         self.net = net
         self.criterion = DenseLoss(classes, loss, class_weights)
+
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        """See SegModel: the encoder's blocks."""
+        return repeated_layers(self.net)
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """Class-weighted labelled pixels, and images."""

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.eomt.configuration_eomt import EomtConfig
 from transformers.models.eomt.modeling_eomt import EomtForUniversalSegmentation
 from transformers.models.mask2former.configuration_mask2former import Mask2FormerConfig
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentation
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerPixelDecoderEncoderLayer,
+)
 from transformers.models.resnet.configuration_resnet import ResNetConfig
 from transformers.models.resnet.modeling_resnet import ResNetBackbone
 from transformers.models.swin.configuration_swin import SwinConfig
@@ -27,7 +30,15 @@ from raysseg.config import Inference, Loss, Model
 from raysseg.masks import View
 from raysseg.models import eomt
 from raysseg.models.base import MEAN, STD, Images, Outputs, SegModel, Targets, to_whole_strides
-from raysseg.models.pretrained import check_size, read_config, read_kind, read_net, set_classes, write_preprocessing
+from raysseg.models.pretrained import (
+    check_size,
+    read_config,
+    read_kind,
+    read_net,
+    repeated_layers,
+    set_classes,
+    write_preprocessing,
+)
 from raysseg.models.queries import Factors, Queries, SetLoss, Settings, class_scores, decode
 from raysseg.schema import ClassMap, Task
 
@@ -158,6 +169,10 @@ class Universal(SegModel):
         if self._is_annealed:
             num_blocks = len(self._mask_shares)
             self._mask_shares = [eomt.mask_share(progress, i, num_blocks) for i in range(num_blocks)]
+
+    def repeated_layers(self) -> Sequence[nn.Module]:
+        """See SegModel: those of Swin or the ViT, and of the decoders."""
+        return repeated_layers(self.net, (Mask2FormerPixelDecoderEncoderLayer,))
 
     def normalisers(self, targets: Targets) -> dict[str, Tensor]:
         """Target regions, and queries by the weight of their class."""
