@@ -36,6 +36,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_validation
 	$(BIN)/python -m benchmarks.bench_checkpoint
 	$(BIN)/python -m benchmarks.bench_survival
+	$(BIN)/python -m benchmarks.bench_nodes --part train
+	$(BIN)/python -m benchmarks.bench_nodes --part serve
 	$(BIN)/python -m benchmarks.bench_tune
 	$(BIN)/python -m benchmarks.bench_by_heart
 	$(BIN)/python -m benchmarks.bench_train
@@ -45,7 +47,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_annotations
 	$(BIN)/python -m benchmarks.bench_inspect
 	$(BIN)/python -m benchmarks.bench_balance --epochs 8 --passes 8
+	$(BIN)/python -m benchmarks.bench_ceilings
 	$(BIN)/python -m benchmarks.bench_serve
+	$(BIN)/python -m benchmarks.bench_scale
 
 clean:
 	rm -rf .venv demo runs

@@ -89,7 +89,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--threads", type=int, default=1, help="of torch, in each process with a model")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # Ray's processes have it from here
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images, bundle = folder / "images", str(folder / "bundle")
@@ -110,8 +113,9 @@ def main() -> None:
         compare(f"images/s, {workers} workers", rates, theirs, ">= 1 without Ray" if not workers else "-")
         for workers, rates in ours.items()
     ]
-    settings = {"model": MODEL, "batch": BATCH, "images": number, "rounds": options.rounds}
-    write_result("predict", device_name(), rows, {**settings, "data": options.data.name, "ours": ours, "peer": theirs})
+    settings = {"model": MODEL, "batch": BATCH, "images": number, "rounds": options.rounds, "threads": options.threads}
+    settings |= {"data": options.data.name, "ours": ours, "peer": theirs}
+    write_result(f"predict-threads-{options.threads}", device_name(), rows, settings)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from benchmarks.input_sides import source_of
 from benchmarks.results import Row, compare, device_name, write_result
 from raysseg import config
 from raysseg.data import read_class_map, read_index
-from raysseg.data.batches import Feed, build_feed, iter_batches, iter_chunks, read_chunk
+from raysseg.data.batches import Feed, build_feed, iter_batches, iter_chunks, read_chunk, request_chunk
 from raysseg.data.decode import decode_rgb
 from raysseg.data.example import draw_example
 from raysseg.ledger import Ledger
@@ -139,7 +139,7 @@ def our_ids(setting: Setting, source: str, position: int, num_workers: int) -> l
     for rank in range(num_workers):
         feed = feed_of(setting, source, position, rank, num_workers)
         for number in range(feed.num_chunks):
-            chunk = read_chunk(feed, number)
+            chunk = read_chunk(request_chunk(feed, number))
             for place, sample in zip(chunk.positions.tolist(), chunk.samples, strict=True):
                 assert isinstance(sample, Sample)
                 assert place not in found

@@ -33,6 +33,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from benchmarks.commands import free_port
 from benchmarks.results import Row, device_name, print_rows, write_result
 from benchmarks.serve_chaos import measure_chaos
 from benchmarks.serve_cluster import num_replicas, running_pids, serving, wait_until
@@ -42,7 +43,6 @@ from benchmarks.serve_prompts import measure_prompts
 from benchmarks.serve_sides import (
     draw_images,
     expected_answers,
-    free_port,
     ours_command,
     running,
     segment_url,

@@ -24,10 +24,10 @@ from benchmarks.survival import (
     GLOBAL_SIZE,
     Line,
     Nodes,
-    Run,
     count_samples,
     draw_samples,
     lineage,
+    local_run,
     losses,
     recovery,
     write_job,
@@ -43,7 +43,7 @@ def run_once(folder: Path, nodes: Nodes, seed: int) -> dict[str, float | str]:
     rng = random.Random(seed)
     name = f"run-{seed}"
     job = write_job(folder, name, epochs=EPOCHS, workers=(1, 2))
-    run = Run(job, folder / f"{name}.log", nodes.address, PAUSE_S)
+    run = local_run(job, folder / f"{name}.log", nodes.address, PAUSE_S)
     started = time.monotonic()
     run.start()
     run.wait_for_step(rng.randint(3, 40), workers=2)
@@ -76,7 +76,7 @@ def run_once(folder: Path, nodes: Nodes, seed: int) -> dict[str, float | str]:
 def undisturbed(folder: Path, nodes: Nodes) -> list[float]:
     """The losses of a run with two workers."""
     job = write_job(folder, "undisturbed", epochs=EPOCHS, workers=(1, 2))
-    run = Run(job, folder / "undisturbed.log", nodes.address)
+    run = local_run(job, folder / "undisturbed.log", nodes.address)
     run.start()
     run.finish()
     return losses(lineage(run.lines()))

@@ -58,7 +58,7 @@ def example_keys(folder: Path, scaling: Mapping[str, object]) -> dict[str, Any]:
 
 
 def camvid_keys(epochs: int, storage: Path, **keys: object) -> dict[str, Any]:
-    """A small SegFormer from scratch on CamVid at a quarter of its size."""
+    """A small SegFormer from scratch on CamVid at a third of its size."""
     splits = {
         split: {"format": "masks", "images": f"{CAMVID}/{split}/images", "masks": f"{CAMVID}/{split}/masks"}
         for split in ("train", "val")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +53,14 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> list[Line]:
         tail = [line.text for line in lines[-30:]]
         raise RuntimeError("\n".join([f"{' '.join(command)} came to {process.returncode}", *tail]))
     return [*lines, now("")]
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
 
 
 def find(lines: Sequence[Line], awaited: str) -> Line:

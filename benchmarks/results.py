@@ -42,6 +42,11 @@ def compare(what: str, ours: Sequence[float], peer: Sequence[float], target: str
     }
 
 
+def to_value_rows(*values: tuple[str, float, str]) -> list[Row]:
+    """A row for each name, value and aim."""
+    return [{"what": name, "value": value, "target": target} for name, value, target in values]
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """Prints the rows as a table."""
     print(_as_table(rows))

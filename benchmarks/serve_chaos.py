@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.results import Row
+from benchmarks.commands import free_port
+from benchmarks.results import Row, to_value_rows
 from benchmarks.serve_cluster import INGRESS, kill, running_pids, serving, wait_until
 from benchmarks.serve_load import Attempt, Client, Load, Outcome, send
 from benchmarks.serve_sides import (
     draw_images,
     expected_answers,
-    free_port,
     segment_url,
     serve_job,
     to_asks,
@@ -132,6 +132,18 @@ def to_labels(answer: dict[str, Any]) -> npt.NDArray[np.int64]:
 
 def to_rows(outcome: Outcome, disturbed: Disturbed, newer: str) -> list[Row]:
     """The counts, a row each."""
+    return to_value_rows(
+        ("kills", sum(map(len, disturbed.whole_s.values())) + disturbed.num_lasting, "-"),
+        *count_requests(outcome),
+        ("answers by the second bundle", sum(one.version == newer for one in outcome.answered), "> 0"),
+        ("rolling update, s", disturbed.update_s, "-"),
+        (f"not whole again in {_RECOVERY_S:.0f} s", disturbed.num_lasting, "0"),
+        *((f"{name} whole again, s", median(seconds), "-") for name, seconds in disturbed.whole_s.items() if seconds),
+    )
+
+
+def count_requests(outcome: Outcome) -> list[tuple[str, float, str]]:
+    """What became of a load's requests: name, value, aim."""
     by_request: dict[int, list[Attempt]] = {}
     for attempt in outcome.attempts:
         by_request.setdefault(attempt.request, []).append(attempt)
@@ -139,22 +151,16 @@ def to_rows(outcome: Outcome, disturbed: Disturbed, newer: str) -> list[Row]:
     for text, number in Counter(f"{one.status}: {one.error[:160]}" for one in failed).most_common(8):
         print(f"{number} times {text}")
     lost = [number for number, tries in by_request.items() if all(one.status != 200 for one in tries)]
-    values: list[tuple[str, float, str]] = [
+    return [
         ("requests", len(by_request), "-"),
-        ("kills", sum(map(len, disturbed.whole_s.values())) + disturbed.num_lasting, "-"),
         ("answers 5xx", sum(one.status >= 500 for one in failed), "-"),
         ("other answers than 200", sum(0 < one.status < 500 for one in failed), "0"),
         ("connection errors", sum(one.status == 0 for one in failed), "-"),
         ("retries", len(outcome.attempts) - len(by_request), "-"),
         ("lost after one retry", len(lost), "0"),
         ("wrong answers", outcome.num_wrong, "0"),
-        ("answers by the second bundle", sum(one.version == newer for one in outcome.answered), "> 0"),
-        ("rolling update, s", disturbed.update_s, "-"),
-        (f"not whole again in {_RECOVERY_S:.0f} s", disturbed.num_lasting, "0"),
-        *((f"{name} whole again, s", median(seconds), "-") for name, seconds in disturbed.whole_s.items() if seconds),
         ("requests/s", outcome.rate, "-"),
         ("p50 ms", outcome.latency_ms(0.5), "-"),
         ("p95 ms", outcome.latency_ms(0.95), "-"),
         ("slowest ms", outcome.latency_ms(1.0), "-"),
     ]
-    return [{"what": name, "value": value, "target": target} for name, value, target in values]

@@ -13,13 +13,13 @@ from fastapi import FastAPI, Request, Response
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
+from benchmarks.commands import free_port
 from benchmarks.results import Row
 from benchmarks.serve_cluster import serving
 from benchmarks.serve_load import Ask, Load, send
 from benchmarks.serve_peers import Model
 from benchmarks.serve_sides import (
     draw_images,
-    free_port,
     ours_command,
     running,
     segment_url,

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 
-_TIMEOUT_S = 300.0
 _RETRY_PAUSE_S = 1.0
+_SHUNNED_S = 10.0  # for which no request begins at a node that did not answer
 _MAX_ODD = 20  # wrong answers that are kept
 
 
@@ -43,6 +44,9 @@ class Load:
         count: of requests; None: `seconds` decides.
         retries: of a request that came to no answer 200.
         expected: by the `version` in an answer, the SHA-256 that it has to have, for each of `asks`.
+        timeout_s: after which a try is given up.
+        origins: of nodes that take requests in turns, such as http://node:8000, in place of those in the asks' URLs; as
+            a balancer does, none goes for a while where no answer came.
     """
 
     asks: list[Ask]
@@ -51,6 +55,8 @@ class Load:
     count: int | None = None
     retries: int = 0
     expected: dict[str, list[str]] | None = None
+    timeout_s: float = 300.0
+    origins: tuple[str, ...] = ()
 
 
 class Attempt(NamedTuple):
@@ -174,6 +180,7 @@ class _Sender:
         self._bodies = [Path(ask.body).read_bytes() for ask in load.asks]
         self._deadline = time.monotonic() + load.seconds if load.seconds is not None else float("inf")
         self._num_begun = 0
+        self._shunned: dict[str, float] = {}
         self.attempts: list[Attempt] = []
         self.odd: list[tuple[int, str]] = []
 
@@ -181,7 +188,7 @@ class _Sender:
         self._deadline = 0.0
 
     async def run(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._load.timeout_s)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
             await asyncio.gather(*(self._work(session) for _ in range(self._load.concurrency)))
 
@@ -191,20 +198,28 @@ class _Sender:
             for i in range(1 + self._load.retries):
                 if i:
                     await asyncio.sleep(_RETRY_PAUSE_S)
-                self.attempts.append(await self._try(session, number))
+                self.attempts.append(await self._try(session, number, i))
                 if self.attempts[-1].status == 200:
                     break
 
-    async def _try(self, session: aiohttp.ClientSession, number: int) -> Attempt:
+    def _origin(self, turn: int) -> str:
+        now = time.monotonic()
+        likely = [one for one in self._load.origins if self._shunned.get(one, 0.0) < now] or self._load.origins
+        return likely[turn % len(likely)] if likely else ""
+
+    async def _try(self, session: aiohttp.ClientSession, number: int, tries: int) -> Attempt:
         place = number % len(self._load.asks)
         ask = self._load.asks[place]
+        origin = self._origin(number + tries)
+        url = origin + urlsplit(ask.url).path if origin else ask.url
         at, began, status, body, error = time.time(), time.perf_counter(), 0, b"", ""
         try:
             headers = {"Content-Type": ask.content_type}
-            async with session.post(ask.url, data=self._bodies[place], headers=headers) as response:
+            async with session.post(url, data=self._bodies[place], headers=headers) as response:
                 body, status = await response.read(), response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as failure:
             error = f"{type(failure).__name__}: {failure}"
+            self._shunned[origin] = time.monotonic() + _SHUNNED_S
         seconds = time.perf_counter() - began
         if status not in (0, 200):
             error = body[:300].decode(errors="replace")

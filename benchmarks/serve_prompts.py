@@ -15,10 +15,11 @@ import ray.util
 import torch
 from transformers import SamConfig, SamModel
 
+from benchmarks.commands import free_port
 from benchmarks.results import Row
 from benchmarks.serve_cluster import serving
 from benchmarks.serve_load import Ask, Load, send, write_form
-from benchmarks.serve_sides import draw_images, free_port
+from benchmarks.serve_sides import draw_images
 from raysseg.config import ServeJob, parse_as
 from raysseg.data.decode import decode_image
 from raysseg.models.sam import PromptModel

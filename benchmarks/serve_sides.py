@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -88,14 +87,6 @@ def serve_job(bundle: str, port: int, keys: Mapping[str, object] | None = None, 
 def segment_url(port: int) -> str:
     """Where a job's model segments."""
     return f"http://127.0.0.1:{port}/v1/models/{MODEL_NAME}/segment"
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
 
 
 def ours_command(job: ServeJob, path: Path, *, is_local: bool = False) -> list[str]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.survival_driver import colour_of
+from benchmarks.survival_driver import colour_of, hurry_file
 
 SIZE = 64
 GLOBAL_SIZE = 8
@@ -58,10 +58,12 @@ def write_job(
     workers: int | tuple[int, int],
     every: str = "9 steps",
     step_timeout_s: float = 60,
+    where: str = "",
 ) -> Path:
-    """A train job on the samples of a folder."""
+    """A train job on the samples of a folder, or of its copy elsewhere, which keeps the runs, too."""
+    where = where or str(folder)
     sources = {
-        split: {"format": "masks", "images": str(folder / split / "images"), "masks": str(folder / split / "masks")}
+        split: {"format": "masks", "images": f"{where}/{split}/images", "masks": f"{where}/{split}/masks"}
         for split in ("train", "val")
     }
     job = JOB | {
@@ -70,7 +72,7 @@ def write_job(
         "schedule": {"epochs": epochs, "warmup": 0.0, "decay": "polynomial"},
         "checkpoint": {"every": every},
         "scaling": {"workers": workers, "cpus_per_worker": 1.0, "step_timeout_s": step_timeout_s, "max_failures": 5},
-        "storage": str(folder / "runs"),
+        "storage": f"{where}/runs",
     }
     path = folder / f"{name}.json"
     path.write_text(json.dumps(job))  # JSON is YAML
@@ -118,18 +120,20 @@ class Nodes:
 class Run:
     """A train job in a process of its own, whose workers write a log."""
 
-    job: Path
     log: Path
-    address: str
-    step_pause_s: float = 0.0
+    command: Sequence[str]
+    environment: Mapping[str, str]
     process: subprocess.Popen[str] = field(init=False)
 
     def start(self) -> None:
-        environment = os.environ | {"RAY_ADDRESS": self.address, "SURVIVAL_PAUSE_S": str(self.step_pause_s)}
         errors = self.log.with_suffix(".err").open("a")
-        command = [sys.executable, "-m", "benchmarks.survival_driver", str(self.log), str(self.job)]
         self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            [sys.executable, *self.command],
+            env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
         )
 
     def lines(self) -> list[Line]:
@@ -187,12 +191,19 @@ class Run:
         return self.log.with_suffix(".err").read_text()
 
     def finish(self, timeout_s: float = 600.0) -> dict[str, Any]:
-        """Waits for the end; the run's result."""
+        """Waits for the end, in a hurry; the run's result."""
+        hurry_file(self.log).touch()
         output, _ = self.process.communicate(timeout=timeout_s)
         if self.process.returncode:
             raise RuntimeError(f"exit {self.process.returncode}: {self.errors()[-3000:]}")
         result: dict[str, Any] = json.loads(output)
         return result
+
+
+def local_run(job: Path, log: Path, address: str, step_pause_s: float = 0.0) -> Run:
+    """A run whose driver is a process of this machine."""
+    environment = {"RAY_ADDRESS": address, "SURVIVAL_PAUSE_S": str(step_pause_s)}
+    return Run(log, ["-m", "benchmarks.survival_driver", str(log), str(job)], environment)
 
 
 def recovery(lines: Sequence[Line], kill: Line) -> dict[str, float]:

@@ -14,24 +14,25 @@ _START_S = 120  # 2 s on an idle machine
 
 
 @contextmanager
-def s3_server(environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def s3_server(environment: Mapping[str, str] | None = None, host: str = "127.0.0.1") -> Iterator[str]:
     """Run a server for the length of the block and yield its endpoint; what it held is gone afterwards.
 
     Args:
         environment: variables for the server beside this process's own; see moto's documentation.
+        host: the address that it listens on.
     """
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port: int = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)],
+        [sys.executable, "-m", "moto.server", "--host", host, "--port", str(port)],
         env={**os.environ, **(environment or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait(server, port)
-        yield f"http://127.0.0.1:{port}"
+        _wait(server, host, port)
+        yield f"http://{host}:{port}"
     finally:
         server.terminate()
         try:
@@ -41,11 +42,11 @@ def s3_server(environment: Mapping[str, str] | None = None) -> Iterator[str]:
             server.wait()
 
 
-def _wait(server: subprocess.Popen[bytes], port: int) -> None:
+def _wait(server: subprocess.Popen[bytes], host: str, port: int) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection((host, port), timeout=1).close()
             return
         except OSError:
             time.sleep(0.1)

@@ -118,7 +118,7 @@ def _files(folder_uri: str) -> list[tuple[str, str]]:
 def restore_newest(run_uri: str, state: TrainState) -> str | None:
     """Loads the newest checkpoint that is whole into a state; every rank must call it, and all load the same one.
 
-    A damaged one is passed over for the one before, and named.
+    Of the ranks that share a disk, one fetches it for all. A damaged one is passed over for the one before, and named.
 
     Returns:
         Its URI, or None where there is none.
@@ -132,12 +132,27 @@ def restore_newest(run_uri: str, state: TrainState) -> str | None:
         dist.broadcast_object_list(found)
     for step in reversed(found[0]):
         with tempfile.TemporaryDirectory(prefix="raysseg-") as scratch:
-            folder = _fetch(uri_of(run_uri, step), Path(scratch))
+            folder = _fetch_once(uri_of(run_uri, step), Path(scratch))
             if _is_everywhere(folder is not None):
                 assert folder is not None
                 _load(folder, state)
+                _is_everywhere(True)  # until then, others may read this rank's folder
                 return uri_of(run_uri, step)
     return None
+
+
+def _fetch_once(uri: str, scratch: Path) -> Path | None:
+    """A checkpoint's files, as the first rank whose folder this one can see has fetched them."""
+    if not dist.is_initialized() or not storage.is_remote(uri):
+        return _fetch(uri, scratch)
+    folders: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(folders, str(scratch))
+    shared = next(Path(folder) for folder in folders if Path(folder).is_dir())
+    folder = _fetch(uri, scratch) if shared == scratch else None
+    _is_everywhere(True)  # waits for those that fetch
+    if shared == scratch or (shared / MANIFEST).is_file():
+        return folder if shared == scratch else shared
+    return _fetch(uri, scratch)
 
 
 def _fetch(uri: str, scratch: Path) -> Path | None:

@@ -18,6 +18,7 @@ from raysseg.schema import InputError, JobEnded, RunStopped
 
 if TYPE_CHECKING:
     from raysseg.config import Job
+    from raysseg.findings.fingerprint import Fingerprint
 
 JOB_VERBS = {
     "train": "train a model, or go on with a run that stopped",
@@ -26,7 +27,7 @@ JOB_VERBS = {
     "evaluate": "score a bundle, or stored predictions, over a data set",
     "predict": "segment images with a bundle: COCO, PNG masks, COCO panoptic or shards",
     "serve": "answer requests over HTTP with bundles and prompted models, and show the playground",
-    "inspect": "what a data set holds, what is wrong with it and what to do about it; also: inspect IMAGES MASKS",
+    "inspect": "what a data set holds, what is wrong with it and what to do about it; also: IMAGES MASKS, or FOLDER",
     "shard": "write a data set as Parquet shards, or --to another format",
     "export": "write a bundle as an ONNX graph; also: export BUNDLE OUT.onnx",
 }
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument("--write-job", metavar="PATH", help="write a train job that follows the advice")
         if verb == "plan":
             _add_plan(part)
+    _add_recommend(verbs.add_parser("recommend", help="which model to begin with, why, and what it costs"))
     _add_submit(verbs.add_parser("submit", help="run any job file on a Ray cluster, and follow it to its end"))
     example = verbs.add_parser("example", help="draw the example data set, for all three tasks")
     example.add_argument("out", type=Path, help="folder to write")
@@ -85,6 +87,21 @@ def _parser() -> argparse.ArgumentParser:
     schema = verbs.add_parser("schema", help="print the JSON Schema of job files, for editors")
     schema.set_defaults(json=True)
     return parser
+
+
+def _add_recommend(part: argparse.ArgumentParser) -> None:
+    what = (
+        "fingerprint.json, IMAGES MASKS, a folder of both, or an inspect job's file; dotted.key=value changes that job"
+    )
+    part.add_argument("data", nargs="*", metavar="DATA", help=what)
+    part.add_argument("--task", choices=("semantic", "instance", "panoptic", "prompt"))
+    part.add_argument("--priority", choices=("accuracy", "speed", "small-objects", "interactive"))
+    part.add_argument("--use-case", choices=("medical", "driving", "editing", "inspection"))
+    part.add_argument("--gpu-memory", metavar="SIZE", help="models that can't be trained in it are ruled out: 12GiB")
+    part.add_argument("--latency", metavar="TIME", help="models that take longer an image are ruled out: 50ms")
+    part.add_argument("--gpu", metavar="NAME", help="whose memory and speed count")
+    part.add_argument("--write-job", metavar="PATH", help="write a job for the first one: to train it, or to serve SAM")
+    part.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def _add_plan(part: argparse.ArgumentParser) -> None:
@@ -130,6 +147,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any] | None:
         return {"data": str(options.out.resolve()), "train": options.train, "val": options.val, "seed": options.seed}
     if options.verb == "submit":
         return _submit(options)
+    if options.verb == "recommend":
+        return _recommend(options)
     overrides = [*options.overrides, *([f"output.format={options.to}"] if getattr(options, "to", None) else [])]
     job = _load_job(options.verb, options.job, overrides)
     from raysseg.runtime import log_to_stderr
@@ -184,6 +203,47 @@ def _submit(options: argparse.Namespace) -> dict[str, Any]:
     return {"id": job_id, **(ended.result or {})}
 
 
+def _recommend(options: argparse.Namespace) -> dict[str, Any]:
+    """Ranks models for what is asked, and for the data if any are named."""
+    from raysseg import storage
+    from raysseg.advice.amounts import to_bytes, to_seconds
+    from raysseg.advice.draft import to_job
+    from raysseg.advice.recommend import recommend
+    from raysseg.advice.situation import Ask
+
+    ask = Ask(
+        options.task,
+        options.priority,
+        options.use_case,
+        options.gpu_memory and to_bytes(options.gpu_memory, "--gpu-memory"),
+        options.latency and to_seconds(options.latency, "--latency"),
+        options.gpu,
+    )
+    found = _fingerprint_of(options.data) if options.data else None
+    answer = recommend(ask, found)
+    shown = {"kind": "recommend", **asdict(answer)}
+    if options.write_job is None:
+        return shown
+    storage.write_text(storage.absolute(options.write_job), to_job(answer, found))
+    return {**shown, "job": options.write_job}
+
+
+def _fingerprint_of(data: Sequence[str]) -> Fingerprint:
+    """The fingerprint in a file, or of data that are inspected now."""
+    if data[0].endswith(".json") and len(data) == 1:
+        from raysseg.findings.fingerprint import read_fingerprint
+
+        return read_fingerprint(data[0])
+    job = _load_job("inspect", data[0], data[1:])
+    from raysseg.config import InspectJob
+    from raysseg.fingerprint import inspect
+    from raysseg.runtime import log_to_stderr
+
+    assert isinstance(job, InspectJob)
+    log_to_stderr()
+    return inspect(job).fingerprint
+
+
 def _load_job(verb: str, path: str, overrides: Sequence[str]) -> Job:
     """The job of a file; to inspect and to export, two paths will do."""
     from raysseg import config
@@ -191,6 +251,8 @@ def _load_job(verb: str, path: str, overrides: Sequence[str]) -> Job:
     plain = {"inspect": config.plain_inspect, "export": config.plain_export}.get(verb)
     if plain is not None and overrides and "=" not in overrides[0]:
         return plain(path, overrides[0], overrides[1:])
+    if verb == "inspect" and Path(path).is_dir():
+        return config.plain_folder(path, overrides)
     job = config.load(path, overrides)
     if job.kind != verb and not (verb == "plan" and job.kind in ("train", "tune")):
         raise InputError(f"{path}: kind is {job.kind!r}: run it as `raysseg {job.kind} {path}`")
@@ -250,6 +312,10 @@ def _jsonable(value: Any) -> Any:
 
 def _as_text(result: dict[str, Any]) -> str:
     """The result for people: a table of metrics, then the rest line by line."""
+    if result.get("kind") == "recommend":
+        from raysseg.advice import recommended
+
+        return recommended.as_text(result)
     if result.get("kind") == "plan":
         from raysseg.advice import planned
 
@@ -272,8 +338,17 @@ def _as_text(result: dict[str, Any]) -> str:
             scores = [metrics[f"{prefix}{kind}/{name}"] for kind in ("iou", "dice")]
             lines.append(f"{name:{width}}  " + "  ".join("absent" if math.isnan(s) else f"{s:.4f}" for s in scores))
     rest = {key: value for key, value in result.items() if key != "metrics" and value not in (None, [])}
-    lines += [""] * bool(metrics) + [f"{key}: {value}" for key, value in rest.items()]
+    lines += [""] * bool(metrics) + [f"{key}: {_say(value)}" for key, value in rest.items()]
     return "\n".join(lines)
+
+
+def _say(value: Any) -> str:
+    """A part of the result for people: numbers in six digits."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_say(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_say, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _jobs_as_text(jobs: Sequence[dict[str, Any]]) -> str:

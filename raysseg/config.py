@@ -970,6 +970,10 @@ class ServedBundle(Replicas):
     batch_pixels: Annotated[int, Field(ge=1)] | None = None
     """Of the images, as the model sees them, that go through it together; a larger one goes alone. Default: 4 million
     on a GPU; on CPUs each image goes alone, as a batch takes as long as its images one by one."""
+    max_pixels: Annotated[int, Field(ge=1024)] | None = None
+    """Of an image that goes through the model whole, as it is; a larger one is refused. Default: 4 million on CPUs,
+    where all others would wait for it for minutes; on a GPU, and where images are resized or cut into tiles,
+    `http.max_pixels` alone counts."""
     inference: Inference = Inference()
     """Keys that are left out are as the bundle was validated."""
     precision: Precision = "auto"
@@ -1296,6 +1300,23 @@ def plain_inspect(images: str, masks: str, overrides: Sequence[str] = ()) -> Job
     name = _as_name(f"inspect-{'-'.join(folder.name for folder in folders[::-1])}")
     data = {"format": "masks", "images": images, "masks": masks}
     return compose({"kind": "inspect", "name": name, "classes": listed, "data": data}, overrides, "inspect")
+
+
+def plain_folder(folder: str, overrides: Sequence[str] = ()) -> Job:
+    """The job of `raysseg inspect FOLDER`: of images/ and masks/, or of train/ and val/ with both; and classes.json."""
+    root = Path(storage.absolute(folder))
+    splits = {
+        name: {"format": "masks", **{kind: str(part / kind) for kind in ("images", "masks")}}
+        for name, part in {"": root, "train": root / "train", "val": root / "val"}.items()
+        if (part / "images").is_dir() and (part / "masks").is_dir()
+    }
+    data = splits.pop("", None) or splits
+    if "format" not in data and "train" not in data:
+        mend = "name IMAGES and MASKS, or write an inspect job, which knows other formats"
+        raise JobError(f"{folder}: holds neither images/ and masks/ nor train/ with both; {mend}")
+    listed = str(root / "classes.json") if (root / "classes.json").is_file() else None
+    raw = {"kind": "inspect", "name": _as_name(f"inspect-{root.name}"), "classes": listed, "data": data}
+    return compose(raw, overrides, "inspect")
 
 
 def plain_export(bundle: str, output: str, overrides: Sequence[str] = ()) -> Job:

@@ -104,6 +104,20 @@ class Desk:
         trials = self._study.get_trials(deepcopy=False)
         return [(trials[number], account) for number, account in accounts]
 
+    def best(self) -> list[int]:
+        """Numbers of the trials that lead, of all sittings: one, or a Pareto front."""
+        return search.best_numbers(self._study)
+
+    def standing(self) -> str:
+        """How far the search is, for people."""
+        trials = self._study.get_trials(deepcopy=False)
+        text = f"{sum(trial.state.is_finished() for trial in trials)} of {self._total} trials have ended"
+        best = self.best()
+        if not best:
+            return text
+        pairs = zip(self._job.objectives, trials[best[0]].values, strict=True)
+        return f"{text}; best: {best[0]}, " + ", ".join(f"{one.metric} {value:.4g}" for one, value in pairs)
+
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:
         """Keeps an error from Ray Tune, which would wrap it, for whoever runs the search."""
@@ -133,9 +147,9 @@ class Desk:
         return job
 
     def _take(self, trial: optuna.Trial, account: Account) -> None:
-        before = self._accounts[account.number].seconds
-        if account.seconds < before:  # another process has gone on with it
-            self._seconds[account.number] += before
+        before = self._accounts[account.number]
+        if account.seconds < before.seconds:  # another process has gone on with it
+            self._seconds[account.number] += before.seconds
         self._accounts[account.number] = account
         has_news = self._report(trial, account.history)
         if account.reason:
@@ -144,7 +158,7 @@ class Desk:
             self._complete(trial, account)
         elif has_news and trial.should_prune():
             self._end(trial, account, TrialState.PRUNED)
-        elif has_news:
+        elif len(account.history) > len(before.history):
             self._note_seconds(trial, account)
 
     def _complete(self, trial: optuna.Trial, account: Account) -> None:

@@ -12,15 +12,16 @@ from raysseg import storage
 from raysseg.config import InspectJob
 from raysseg.data import FORMATS, read_class_map
 from raysseg.data.classes import to_categories, to_class_list
-from raysseg.findings.advice import Advice, advise, to_train_job
+from raysseg.findings.advice import START, advise, to_train_job, to_tree
 from raysseg.findings.facts import SampleFacts
+from raysseg.findings.fingerprint import Fingerprint
 from raysseg.findings.kinds import Finding, to_findings
 from raysseg.findings.page import InspectPage, picked, render
 from raysseg.findings.pictures import Wanted, iter_shots
 from raysseg.findings.reading import Task, iter_share, open_index, unpaired
 from raysseg.findings.rules import flag_all
 from raysseg.findings.store import FactStore
-from raysseg.findings.summary import SplitFacts, summarise
+from raysseg.findings.summary import summarise
 from raysseg.report import Picture
 from raysseg.runtime import num_shares, spread
 from raysseg.schema import ClassMap, InputError
@@ -28,29 +29,6 @@ from raysseg.schema import ClassMap, InputError
 logger = logging.getLogger(__name__)
 
 _PROGRESS = 500  # samples between two lines of the log
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a data set is: fingerprint.json.
-
-    Attributes:
-        name: of the job.
-        task: that it is looked at for.
-        classes: its class list.
-        ignore_index: the id of pixels without a class.
-        splits: what each holds, the one for training first.
-        findings: what is wrong, the gravest first.
-        advice: what to do about it.
-    """
-
-    name: str
-    task: str
-    classes: list[dict[str, object]]
-    ignore_index: int
-    splits: list[SplitFacts]
-    findings: list[Finding]
-    advice: Advice
 
 
 @dataclass(frozen=True)
@@ -88,14 +66,29 @@ def inspect(job: InspectJob) -> InspectResult:
     findings = to_findings(flag_all(splits, classes), {name: len(part) for name, part in splits.items()})
     summaries = [summarise(name, part, classes) for name, part in splits.items()]
     advice = advise(summaries[0], findings)
-    categories = to_categories(classes)
-    fingerprint = Fingerprint(job.name, job.task, categories, classes.ignore_index, summaries, findings, advice)
+    fingerprint = Fingerprint(
+        name=job.name,
+        task=job.task,
+        classes=to_categories(classes),
+        ignore_index=classes.ignore_index,
+        data={split: to_tree(source) for split, source in job.splits.items()},
+        listed=_classes_to_train(job, listed, classes),
+        splits=summaries,
+        findings=findings,
+        advice=advice,
+    )
     pictures = _draw(job, replace(task, classes=classes), facts, findings)
     page = InspectPage(job.name, job.task, classes, summaries, findings, advice, pictures)
     report_uri = storage.join(job.run_uri, "report.html")
     storage.write_text(storage.join(job.run_uri, "fingerprint.json"), json.dumps(asdict(fingerprint), indent=1))
     storage.write_text(report_uri, render(page))
-    train_job = to_train_job(job, advice, _classes_to_train(job, listed, classes))
+    scaling = job.scaling.model_dump(mode="json", exclude_defaults=True)
+    train_job = to_train_job(
+        fingerprint,
+        START,
+        storage=job.storage if storage.is_remote(job.storage) else "runs",
+        scaling=scaling if any(value not in (None, 0) for value in scaling.values()) else None,
+    )
     return InspectResult(fingerprint, train_job, job.run_uri, report_uri)
 
 
@@ -148,10 +141,10 @@ def _draw(
     return {key: shot.picture for shot in shots for key in wanted[shot.wanted]}
 
 
-def _classes_to_train(job: InspectJob, listed: ClassMap | None, classes: ClassMap) -> str | Sequence[str] | None:
+def _classes_to_train(job: InspectJob, listed: ClassMap | None, classes: ClassMap) -> str | list[str] | None:
     """The class list for a train job; one that nobody has written yet goes beside the fingerprint."""
     if listed is not None:
-        return job.classes
+        return list(job.classes) if isinstance(job.classes, tuple) else job.classes
     uri = storage.join(job.run_uri, "classes.json")
     storage.write_text(uri, json.dumps(to_class_list(classes), indent=1))
     return uri

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, WithJsonSchema, model_validator
 
-from raysseg.section import Duration, Section, not_ordered
+from raysseg.section import Duration, Section, not_ordered, seconds_of
 
 
 class Replicas(Section):
@@ -54,7 +54,7 @@ class Http(Section):
     replicas: Annotated[int, Field(ge=1)] = 1
     """Processes that take requests in and hand them to the models."""
     timeout: Duration = "60 seconds"
-    """After which a request is given up."""
+    """After which a request is given up, and answered 504."""
     max_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**20
     """Of a request."""
     max_pixels: Annotated[int, Field(ge=1024)] = 16_000_000
@@ -64,3 +64,10 @@ class Http(Section):
     fetch: tuple[UriStart, ...] = ()
     """What the URIs of images may begin with that requests name, such as `s3://bucket/images/` or `https://`, up to a
     slash; hosts with private addresses are never asked."""
+
+    @property
+    def timeout_s(self) -> float:
+        """Of a request, in seconds."""
+        seconds = seconds_of(self.timeout)
+        assert seconds is not None, self.timeout
+        return seconds

@@ -34,9 +34,10 @@ class Importance:
 def importances(study: optuna.Study, objective: int = 0, resamples: int = 40, seed: int = 0) -> list[Importance]:
     """The importance of every parameter for one objective, largest first.
 
-    PED-ANOVA (Watanabe et al. 2023) on the completed trials, the best quarter of them good: how far a parameter's
-    distribution among the good trials differs from that among all. A bootstrap over the trials (Efron 1979) gives the
-    quantiles. Infinite values rank last or first, trials whose value is NaN are left out.
+    PED-ANOVA (Watanabe et al. 2023) on the completed and the pruned trials, the best quarter of them good: how far a
+    parameter's distribution among the good trials differs from that among all. A pruned trial has the value it was
+    pruned at: without these, a search that prunes would compare its best trials with each other. A bootstrap over the
+    trials (Efron 1979) gives the quantiles. Infinite values rank last or first, trials whose value is NaN are left out.
 
     Args:
         study: with any parameters; those that occur in some of the trials count by how often they do.
@@ -45,11 +46,12 @@ def importances(study: optuna.Study, objective: int = 0, resamples: int = 40, se
         seed: of the bootstrap.
 
     Returns:
-        Nothing where fewer than 4 trials are complete or no parameter tells the good ones apart.
+        Nothing where fewer than 4 trials have a value or no parameter tells the good ones apart.
     """
     sign = -1.0 if study.directions[objective] == StudyDirection.MAXIMIZE else 1.0
-    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    trials = [_ranked(t, sign * t.values[objective]) for t in completed if not math.isnan(t.values[objective])]
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    values = [trial.values[objective] if trial.values is not None else math.nan for trial in ended]
+    trials = [_ranked(trial, sign * v) for trial, v in zip(ended, values, strict=True) if not math.isnan(v)]
     if len(trials) < FEWEST:
         return []
     random = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -83,9 +84,26 @@ def build_plan(job: TrainJob, inputs: Inputs) -> Plan:
         split: {"samples": len(index), "hash": index.fingerprint, "pixels": counts[split].pixels.tolist()}
         for split, index in splits.items()
     }
+    _warn_of_readers(job, splits["train"])
     weights = _class_weights(job, inputs.balance, inputs.classes)
     factors = _repeat_factors(job, splits["train"], inputs.presence)
     return Plan(job, inputs.classes, splits["train"], splits["val"], weights, fingerprint, factors)
+
+
+def _warn_of_readers(job: TrainJob, train: SampleIndex) -> None:
+    """Says so where several workers read a row group of shards, each for a few of its samples."""
+    workers, open_groups = job.scaling.max_workers, job.data.open_shards
+    readers = workers // math.gcd(workers, open_groups) if workers else 1
+    if readers > 1 and train.groups[-1] + 1 < len(train):
+        logger.warning(
+            "data.open_shards: %d row groups are open at once, of which %d workers read each one %d times over; with "
+            "data.open_shards=%d, or another multiple of the workers, it is read once. It is part of the samples' "
+            "order: set it before the run's first step",
+            open_groups,
+            workers,
+            readers,
+            -(-open_groups // workers) * workers,
+        )
 
 
 def known_metrics(job: TrainJob, classes: ClassMap) -> list[str]:

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import groupby
-from operator import attrgetter
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -116,6 +114,7 @@ class _Batch(NamedTuple):
 
     part: int
     items: list[_Opened | Failure]
+    ends_part: bool
 
 
 class _Segmented(NamedTuple):
@@ -167,7 +166,7 @@ def predict_share(plan: Plan, share: int) -> Iterator[int]:
     numbers = [number for number in plan.share(share) if part_name(number) not in there]
     step = plan.job.batch.per_worker
     pieces = [
-        (number, rows[i : i + step])
+        (number, rows[i : i + step], i + step >= len(rows))
         for number in numbers
         for rows in [plan.rows_of(number)]
         for i in range(0, len(rows), step)
@@ -175,21 +174,22 @@ def predict_share(plan: Plan, share: int) -> Iterator[int]:
     predictor = plan.predictor()
     with ThreadPoolExecutor(1) as pool:
         writing: Future[None] | None = None
-        for number, batches in groupby(read_ahead(partial(_load, plan), pieces, 2), attrgetter("part")):
-            done: list[_Segmented | Failure] = []
-            for batch in batches:
-                done += _segment(plan, predictor, batch)
-                yield len(batch.items)
-            if writing is not None:
-                writing.result()
-            writing = pool.submit(_write_part, plan, number, part_name(number), done)
+        done: list[_Segmented | Failure] = []
+        for batch in read_ahead(partial(_load, plan), pieces, 2):
+            done += _segment(plan, predictor, batch)
+            yield len(batch.items)
+            if batch.ends_part:  # written before the next batch is asked for, which may be one that stops the job
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(_write_part, plan, batch.part, part_name(batch.part), done)
+                done = []
         if writing is not None:
             writing.result()
 
 
-def _load(plan: Plan, piece: tuple[int, range]) -> _Batch:
-    number, rows = piece
-    return _Batch(number, list(_iter_opened(plan, rows, is_checked=False)))
+def _load(plan: Plan, piece: tuple[int, range, bool]) -> _Batch:
+    number, rows, ends_part = piece
+    return _Batch(number, list(_iter_opened(plan, rows, is_checked=False)), ends_part)
 
 
 def _iter_opened(plan: Plan, rows: Sequence[int], *, is_checked: bool) -> Iterator[_Opened | Failure]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,12 @@ from raysseg.desk import values_of
 from raysseg.importance import importances
 from raysseg.inputs import Inputs, build_plan
 from raysseg.schema import InputError
-from raysseg.space import CLASS_WEIGHTS, Scalar
+from raysseg.space import Scalar
 from raysseg.standing import History
 from raysseg.train import publish
 from raysseg.tuning_page import State, TrialRow
 
-_STATES: dict[TrialState, State] = {
+STATES: dict[TrialState, State] = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
@@ -83,7 +84,7 @@ def conclude(job: TuneJob, study: optuna.Study, inputs: Inputs) -> TuneResult:
     bundles.copy(trained.bundle, bundle_uri, bundles.read(trained.bundle).metrics)
     best_uri = storage.join(job.run_uri, "best.yaml")
     storage.write_text(best_uri, _best_yaml(job, winner, overrides))
-    rows = _rows(job, study)
+    rows = _rows(job, study, inputs.classes.names)
     table_uri = _write_table(job, rows)
     report_uri = storage.join(job.run_uri, "report.html")
     storage.write_text(report_uri, tuning_page.render(_page(job, study, inputs, rows, front)))
@@ -121,21 +122,22 @@ def _best_yaml(job: TuneJob, winner: FrozenTrial, overrides: dict[str, Any]) -> 
     return head + yaml.safe_dump(job.winner_keys(overrides), sort_keys=False, allow_unicode=True)
 
 
-def _rows(job: TuneJob, study: optuna.Study) -> list[TrialRow]:
+def _rows(job: TuneJob, study: optuna.Study, class_names: Sequence[str]) -> list[TrialRow]:
     """Every trial that has begun, with the epochs that it has trained."""
     begun = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
     runs = [job.trial_job(trial.number, {}) for trial in begun]
     with ThreadPoolExecutor(8) as pool:
         histories = pool.map(standing.read_history_so_far, runs)
-        return [_row(job, trial, history) for trial, history in zip(begun, histories, strict=True)]
+        shown = [search.settings_of(trial, class_names) for trial in begun]
+        return [_row(job, *parts) for parts in zip(begun, shown, histories, strict=True)]
 
 
-def _row(job: TuneJob, trial: FrozenTrial, history: History) -> TrialRow:
+def _row(job: TuneJob, trial: FrozenTrial, settings: dict[str, Any], history: History) -> TrialRow:
     is_complete = trial.state == TrialState.COMPLETE
     return TrialRow(
         number=trial.number,
-        state=_STATES[trial.state],
-        params={name: _shown(value) for name, value in search.params_of(trial).items()},
+        state=STATES[trial.state],
+        params={name: _shown(value) for name, value in settings.items()},
         values=tuple(trial.values) if is_complete else values_of(job, history),
         history=[{**row, "epoch": row["epoch"] + 1} for row in history],  # people count from 1
         seconds=float(trial.user_attrs.get("seconds", 0.0)),
@@ -182,7 +184,7 @@ def _page(
     job: TuneJob, study: optuna.Study, inputs: Inputs, rows: list[TrialRow], front: list[int]
 ) -> tuning_page.TuningPage:
     winner = study.get_trials(deepcopy=False)[front[0]]
-    weights = winner.user_attrs["overrides"].get(CLASS_WEIGHTS)
+    weights = search.weights_of(winner)
     facts = {
         "trials": f"{len(rows)} of {search.num_trials(job)}",
         "sampler": job.search.sampler,
@@ -197,7 +199,7 @@ def _page(
             objective.metric: importances(study, i, seed=job.search.seed) for i, objective in enumerate(job.objectives)
         },
         best=tuple(front),
-        class_weights=dict(zip(inputs.classes.names, weights, strict=True)) if isinstance(weights, list) else None,
+        class_weights=dict(zip(inputs.classes.names, weights, strict=True)) if weights else None,
         facts=facts,
         job=job.model_dump(mode="json"),
     )

@@ -64,13 +64,18 @@ class Predictor:
         """Whether batches gain anything."""
         return self._device.type != "cpu"
 
+    @property
+    def sees_whole_images(self) -> bool:
+        """Whether what goes through the model grows with the image: it is neither resized nor cut into tiles."""
+        return self.bundle.preprocessing.size is None and self._inference.tile is None
+
     def predict(self, images: Sequence[Pixels | Windowed]) -> list[View]:
         """Segments images, each (H, W, 3) uint8 RGB of any size; masks are of the images' own sizes."""
         return predict(self._model, images, self.bundle.preprocessing.size, self._dtype, self._inference)
 
     def input_size(self, image: Pixels | Windowed) -> tuple[int, int]:
-        """The (height, width) at which the model sees an image."""
-        return _input_size(image, self.bundle.preprocessing.size)
+        """The (height, width) at which the model sees an image; of several `scales`, the largest."""
+        return _input_size(image.shape, self.bundle.preprocessing.size, max(self._inference.scales))
 
     def batch_key(self, image: Pixels | Windowed) -> Hashable:
         """Images of one key go through the model at once; those that it looks at more than once go alone."""
@@ -106,7 +111,7 @@ class Predictor:
 
     def logits(self, image: Pixels) -> Tensor:
         """A semantic model's raw output for one image, (1, C, h, w)."""
-        size = _input_size(image, self.bundle.preprocessing.size)
+        size = _input_size(image.shape, self.bundle.preprocessing.size)
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=_is_mixed(self._dtype)):
             outputs: Outputs = self._model(_to_tensor([image], size, self._device))
             return outputs.values["logits"]
@@ -144,7 +149,7 @@ def predict(
     device = next(model.parameters()).device
     together: dict[tuple[int, int] | None, list[int]] = {}
     for i, image in enumerate(images):
-        together.setdefault(None if model.takes_any_sizes else _input_size(image, size), []).append(i)
+        together.setdefault(None if model.takes_any_sizes else _input_size(image.shape, size), []).append(i)
     out: dict[int, View] = {}
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=_is_mixed(dtype)):
         for input_size, places in together.items():
@@ -152,7 +157,7 @@ def predict(
             if input_size is not None:
                 outputs = model(_to_tensor(chosen, input_size, device))
             else:
-                outputs = model([_to_tensor([image], _input_size(image, size), device)[0] for image in chosen])
+                outputs = model([_to_tensor([image], _input_size(image.shape, size), device)[0] for image in chosen])
             sizes = [(images[i].shape[0], images[i].shape[1]) for i in places]
             out |= zip(places, model.decode(outputs, sizes, inference), strict=True)
     return [out[i] for i in range(len(images))]
@@ -197,7 +202,7 @@ def class_scores(
     total = torch.zeros(())
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=_is_mixed(dtype)):
         for i, (scale, is_flipped) in enumerate(views):
-            images = _to_tensor([image], _input_size(image, size, scale), device)
+            images = _to_tensor([image], _input_size(image.shape, size, scale), device)
             outputs = model(images.flip(-1) if is_flipped else images)
             scores = model.class_scores(outputs, (height, width))[0].float()
             scores = scores.flip(-1) if is_flipped else scores
@@ -237,11 +242,11 @@ def _assemble(parts: Iterable[Labelled], image: Pixels | Windowed, model: SegMod
     return LabelMap(labels, model.classes.ignore)
 
 
-def _input_size(image: Pixels | Windowed, size: tuple[int, int] | None, scale: float = 1.0) -> tuple[int, int]:
+def _input_size(shape: tuple[int, ...], size: tuple[int, int] | None, scale: float = 1.0) -> tuple[int, int]:
     """The size of an image in the model: the bundle's, or its own, enlarged where a side is too short for models."""
     if size is not None and scale == 1:
         return size
-    height, width = (max(round(side * scale), MIN_SIDE) for side in size or image.shape[:2])
+    height, width = (max(round(side * scale), MIN_SIDE) for side in size or shape[:2])
     return height, width
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 from raysseg.config import Scaling
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 Shared = TypeVar("Shared")
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
+
+_AT_ONCE = 256  # tasks that Ray is asked for; a question which of them is ready costs time by their number
 
 RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -109,12 +112,14 @@ def spread(
         "num_returns": "streaming",
     }
     task = ray.remote(_logged).options(**options)
-    streams = [task.remote(work, shared_ref, piece) for piece in pieces]
+    started = (task.remote(work, shared_ref, piece) for piece in pieces)
+    streams = list(islice(started, max(_AT_ONCE, 2 * num_shares(scaling))))
     while streams:
         (ready,), streams = ray.wait(streams, num_returns=1)
         try:
             result: Result = ray.get(next(ready))
         except StopIteration:
+            streams += islice(started, 1)
             continue
         except ray.exceptions.RayTaskError as error:
             raise as_input_error(error) or error from None

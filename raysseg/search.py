@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raysseg.config import JobError, TuneJob
 from raysseg.space import (
+    CLASS_WEIGHTS,
     Choice,
     Dimension,
     Integers,
@@ -36,6 +38,8 @@ _OWN = "own"  # marks the trial with the train job's own values
 _SMALLEST = 1e-6  # of the numbers in (0, 1) from which a share-out of class weights is made
 
 _Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
+
+logger = logging.getLogger(__name__)
 
 
 def num_trials(job: TuneJob) -> int:
@@ -124,6 +128,22 @@ def params_of(trial: FrozenTrial) -> dict[str, Any]:
     return {name: _unlabelled(value) for name, value in trial.params.items()}
 
 
+def settings_of(trial: FrozenTrial, class_names: Sequence[str]) -> dict[str, Any]:
+    """A trial's parameters for tables and figures: weights of single classes are those that the loss was given.
+
+    Optuna's own are a factor, or a number from which a share is made, before all are set to mean 1.
+    """
+    names = [f"{CLASS_WEIGHTS}.{name}" for name in class_names]
+    by_class = dict(zip(names, weights_of(trial), strict=False))  # which may be none
+    return {name: by_class.get(name, value) for name, value in params_of(trial).items()}
+
+
+def weights_of(trial: FrozenTrial) -> list[float]:
+    """The class weights that a trial was given, one a class; nothing where it has the train job's own or a scheme."""
+    weights = trial.user_attrs.get("overrides", {}).get(CLASS_WEIGHTS)
+    return weights if isinstance(weights, list) else []
+
+
 def best_numbers(study: optuna.Study) -> list[int]:
     """The completed trials that no other beats: the best by the first objective, then the rest of a Pareto front.
 
@@ -197,7 +217,7 @@ def _value(dimension: Dimension, drawn: Sequence[Any], pixels: npt.NDArray[np.in
     if isinstance(dimension, WeightDimension):
         numbers = np.array(drawn)
         # exponential variates over their sum are uniform on the simplex
-        return _balanced(numbers if isinstance(dimension, WeightFactors) else -np.log(numbers), pixels).tolist()
+        return _balanced(numbers if isinstance(dimension, WeightFactors) else -np.log1p(-numbers), pixels).tolist()
     if isinstance(dimension, Choice):
         return next(choice for choice in dimension.choice if _label(choice) == drawn[0])
     return _rounded(drawn[0]) if isinstance(dimension, Uniform) and dimension.is_finite else drawn[0]
@@ -350,6 +370,8 @@ def build_pruner(job: TuneJob) -> BasePruner:
     rule = job.search.pruning
     if rule is None:
         return NopPruner()
+    if rule.min_epochs >= job.epochs:
+        logger.warning("search.pruning has no effect: a trial has %d epochs, and trains its min_epochs", job.epochs)
     if rule.rule == "asha":
         return _BeforeLast(SuccessiveHalvingPruner(rule.min_epochs, rule.reduction), job.epochs)
     return _BeforeLast(MedianPruner(rule.first_trials, rule.min_epochs), job.epochs)

@@ -7,7 +7,10 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +20,7 @@ from raysseg import masks, storage
 from raysseg.config import ShardJob
 from raysseg.data import WRITERS, read_class_map, read_index, read_samples
 from raysseg.data.decode import decode_pair
+from raysseg.data.files import READERS
 from raysseg.data.index import Failure, SampleIndex, write_failures
 from raysseg.runtime import spread
 from raysseg.schema import ClassMap, InputError, Sample
@@ -82,7 +86,7 @@ def shard(job: ShardJob) -> ShardResult:
     index = read_index(job.data)
     plan = _Plan(job, read_class_map(job.classes, job.data), index, _digest(job, index))
     numbers = range(-(-len(index) // job.output.rows_per_file))
-    parts = {part.number: part for number in numbers if (part := _read_part(plan, number))}
+    parts = {part.number: part for part in _read_parts(plan)}
     if parts:
         logger.info("shard: %d of %d parts are there already", len(parts), len(numbers))
     missing = [number for number in numbers if number not in parts]
@@ -157,12 +161,17 @@ def _save_part(plan: _Plan, part: _Part) -> None:
     storage.write_bytes(_part_uri(plan, part.number), sink.getvalue())
 
 
+def _read_parts(plan: _Plan) -> list[_Part]:
+    """The parts that an earlier run of this job has written."""
+    folder = storage.join(plan.job.output.uri, _PARTS)
+    numbers = [int(Path(entry.path).stem) for entry in storage.list_files(folder)] if storage.exists(folder) else []
+    with ThreadPoolExecutor(READERS) as pool:
+        return [part for part in pool.map(partial(_read_part, plan), numbers) if part is not None]
+
+
 def _read_part(plan: _Plan, number: int) -> _Part | None:
-    """A part that an earlier run of this job has written."""
-    uri = _part_uri(plan, number)
-    if not storage.exists(uri):
-        return None
-    rows = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+    """A part that is there; None where it is another job's."""
+    rows = pq.read_table(io.BytesIO(storage.read_bytes(_part_uri(plan, number))))
     metadata = {key.decode(): value.decode() for key, value in rows.schema.metadata.items()}
     if metadata.get("digest") != plan.digest:
         return None

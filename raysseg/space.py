@@ -48,6 +48,11 @@ class Dimension(Section):
         return False
 
     @property
+    def is_number(self) -> bool:
+        """Whether it is searched by numbers in a range, of which more than one is possible."""
+        return self.bounds is not None and self.bounds[0] < self.bounds[1]
+
+    @property
     def conditions(self) -> dict[str, tuple[Scalar, ...]]:
         """The values that other paths must have one of."""
         return {path: value if isinstance(value, tuple) else (value,) for path, value in self.when.items()}
@@ -159,6 +164,11 @@ class WeightSimplex(WeightDimension):
 
     simplex: Literal[True]
 
+    @property
+    def is_number(self) -> bool:
+        """They are."""
+        return True
+
 
 _DIMENSIONS: dict[str, type[Dimension]] = {
     "uniform": Uniform,
@@ -228,6 +238,14 @@ class Pruning(Section):
     first_trials: Annotated[int, Field(ge=1)] = 4
     """Of median: so many trials end on their own first."""
 
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        foreign = "first_trials" if self.rule == "asha" else "reduction"
+        if getattr(self, foreign) != type(self).model_fields[foreign].default:
+            message = "has no effect where the rule is {rule}; leave it out"
+            raise PydanticCustomError("no_effect", message, {"key": foreign, "rule": self.rule})
+        return self
+
 
 class Search(Section):
     """What is searched, for what, and how long."""
@@ -280,6 +298,9 @@ class Search(Section):
             raise PydanticCustomError("pruning", message, {"key": "pruning"})
         if self.objectives is not None and self.sampler == "cma_es":
             raise PydanticCustomError("sampler", "cma_es takes one objective; take tpe", {"key": "sampler"})
+        if self.sampler == "cma_es" and not any(one.is_number and not one.when for one in self.space.values()):
+            message = "cma_es goes by numbers that every trial has, and the space holds none; take tpe"
+            raise PydanticCustomError("sampler", message, {"key": "sampler"})
         return self
 
 

@@ -46,9 +46,11 @@ def open_study(job: TuneJob) -> optuna.Study:
         if job.name in optuna.get_all_study_names(journal_storage):
             return optuna.load_study(study_name=job.name, storage=journal_storage, pruner=build_pruner(job))
         directions = [_direction(objective.mode) for objective in job.objectives]
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=job.name, storage=journal_storage, directions=directions, pruner=build_pruner(job)
         )
+        study.set_metric_names([objective.metric for objective in job.objectives])
+        return study
 
 
 def close_study(study: optuna.Study) -> None:

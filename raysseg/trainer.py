@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -120,12 +121,15 @@ def _leaves_cpus(scaling: Scaling, gpus: float) -> bool:
 
 
 def _check_room(scaling: Scaling, gpus: float) -> None:
-    """Says so where the workers would take every CPU: their data tasks would then wait for ever."""
+    """Says so where the workers would take every CPU: their data tasks would then wait for ever.
+
+    A cluster that has none at all grows, as its head takes no work.
+    """
     if not _leaves_cpus(scaling, gpus):
         return
     cpus = ray.cluster_resources().get("CPU", 0.0)
     taken = scaling.min_workers * scaling.cpus_per_worker
-    if taken > cpus - 1:
+    if cpus and taken > cpus - 1:
         raise InputError(
             f"scaling: {scaling.min_workers} workers of {scaling.cpus_per_worker:g} CPUs take {taken:g} of the "
             f"cluster's {cpus:g}, and their data tasks need one more; lower scaling.workers or scaling.cpus_per_worker"
@@ -148,7 +152,7 @@ def _run_rank(settings: dict[str, Any]) -> None:
         logging.getLogger("raysseg").setLevel(logging.WARNING)
     else:
         note_place(plan.job.run_uri)
-    statistics: list[str] = []
+    statistics: deque[str] = deque(maxlen=1)  # of the last execution; a long run has many
     share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
     threads = min(max(share, 2), 8)  # more would wait for each other's Python
     decode = plan.job.data.decode
@@ -165,9 +169,8 @@ def _run_rank(settings: dict[str, Any]) -> None:
     finally:
         line.close()
     if rank == 0 and statistics:
-        text = "\n".join(statistics)
-        logger.info("Ray Data delivered the training bytes of worker 0:\n%s", text)
-        storage.write_text(storage.join(plan.job.run_uri, "data.log"), text)
+        logger.info("Ray Data delivered the training bytes of worker 0:\n%s", statistics[0])
+        storage.write_text(storage.join(plan.job.run_uri, "data.log"), statistics[0])
 
 
 def _report_to_ray(saved: Saved, plan: Plan) -> None:

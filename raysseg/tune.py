@@ -18,23 +18,25 @@ from typing import Any
 import optuna
 import ray
 import ray.tune
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from raysseg import place, search, standing
 from raysseg.conductor import release_former
-from raysseg.config import TuneJob
+from raysseg.config import TrainJob, TuneJob
 from raysseg.desk import Desk, values_of
 from raysseg.inputs import Inputs, known_metrics, read_inputs
 from raysseg.link import Beside, Signals, signals_noted
-from raysseg.outcome import TuneResult, conclude
+from raysseg.outcome import STATES, TuneResult, conclude
 from raysseg.runtime import connect, log_to_stderr
 from raysseg.schema import InputError, RunStopped
 from raysseg.section import seconds_of
 from raysseg.space import CLASS_WEIGHTS, LATENCY, overlap
+from raysseg.storage import StorageError
 from raysseg.study import close_study, open_study
 from raysseg.trackers import check_trackers
 from raysseg.train import MOVABLE as TRAIN_MOVABLE
@@ -135,7 +137,7 @@ def _run_trials(job: TuneJob, desk: Desk, inputs: Inputs) -> None:
         _look_on(tuner.fit, job, desk, signals)
     if not place.trains_here(scaling):  # Ray Tune kills what does not end within seconds
         for run_uri in desk.run_uris:
-            release_former(run_uri)
+            _give_back(run_uri)
     if desk.error is not None:
         raise desk.error
     if signals.received is not None:
@@ -203,10 +205,21 @@ class _Watcher(_Unkept, ray.tune.Callback):  # type: ignore[misc]
         self._desk = desk
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Records it."""
+        """Records it, and gives back what its workers held, which other trials wait for."""
         file = Path(trial.error_file) if trial.error_file else None
         lines = file.read_text().strip().splitlines() if file is not None and file.exists() else []
-        self._desk.fail(int(trial.config["job"].name), lines[-1].strip() if lines else "its process died")
+        job: TrainJob = trial.config["job"]
+        self._desk.fail(int(job.name), lines[-1].strip() if lines else "its process died")
+        if not place.trains_here(job.scaling):
+            _give_back(job.run_uri)
+
+
+def _give_back(run_uri: str) -> None:
+    """Gives back what a run of several workers held, if its process did not come to that."""
+    try:
+        release_former(run_uri)
+    except StorageError as error:  # Ray itself does so once the search has ended
+        logger.warning("%s: what its workers held is not given back: %s", run_uri, error)
 
 
 def _look_on(fit: Callable[[], object], job: TuneJob, desk: Desk, signals: Signals) -> None:
@@ -237,19 +250,31 @@ def _shown_live(render: Callable[[], Table]) -> Iterator[None]:
 
 
 def _table(job: TuneJob, desk: Desk) -> Table:
-    """The trials under way, and the newest ones."""
-    objective = job.objectives[0]
-    table = Table("trial", "state", "epoch", f"best {objective.metric}", "settings", title=job.name)
-    rows = desk.rows()
+    """The trials under way, the newest ones and the best, of this sitting; above them how the search stands."""
+    columns = (f"best {objective.metric}" for objective in job.objectives)
+    table = Table("trial", "state", "epoch", *columns, "settings", title=f"{job.name}: {desk.standing()}")
+    rows, best = desk.rows(), desk.best()
     for i, (trial, account) in enumerate(rows):
-        if trial.state == TrialState.RUNNING or i >= len(rows) - _SHOWN:
-            values = values_of(job, account.history, account.latency_ms)
-            shown = "" if values is None else f"{values[0]:.4f}"
-            settings = ", ".join(f"{name}={_short(value)}" for name, value in search.params_of(trial).items())
-            state = trial.state.name.lower()
-            table.add_row(str(trial.number), state, f"{len(account.history)}/{job.epochs}", shown, settings)
+        is_best = trial.number in best
+        if trial.state == TrialState.RUNNING or is_best or i >= len(rows) - _SHOWN:
+            values = values_of(job, account.history, account.latency_ms) or ()
+            shown = [f"{value:#.4g}" for value in values] or [""] * len(job.objectives)
+            epochs = f"{len(account.history)}/{job.epochs}"
+            cells = (str(trial.number), STATES[trial.state], epochs, *shown, _settings(trial))
+            table.add_row(*map(escape, cells), style="bold" if is_best else None)
     return table
 
 
+def _settings(trial: FrozenTrial) -> str:
+    """A trial's values in few lines: of weights of single classes, the least and the largest."""
+    params = search.params_of(trial)
+    names = [name for name in params if name.startswith(f"{CLASS_WEIGHTS}.")]
+    weights = [weight for weight in search.weights_of(trial) if weight]
+    if len(names) > 1 and weights:
+        spread = f"{_short(min(weights))} to {_short(max(weights))}"
+        params = {name: value for name, value in params.items() if name not in names} | {CLASS_WEIGHTS: spread}
+    return ", ".join(f"{name}={_short(value)}" for name, value in params.items())
+
+
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else "null" if value is None else str(value)

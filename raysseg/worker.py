@@ -262,12 +262,24 @@ def _validate(
             else:
                 metrics.update(item.pair.sample_id, item.prediction, item.pair.truth)
     model.train(was_training)
-    if num_workers > 1:
-        states: list[Any] = [None] * num_workers
-        dist.all_gather_object(states, metrics.state())
+    scores = _compute_together(metrics, plan.val, rank, num_workers)
+    return {f"val/{name}": value for name, value in scores.items()}, failures
+
+
+def _compute_together(metrics: Metrics, val: SampleIndex, rank: int, num_workers: int) -> dict[str, float]:
+    """The numbers of what all ranks have counted; the first one computes them, since all counts are large."""
+    if num_workers == 1:
+        return metrics.compute(val.ranking)
+    states: list[Any] = [None] * num_workers
+    dist.gather_object(metrics.state(), states if rank == 0 else None)
+    found: list[Any] = [None]
+    if rank == 0:
         for state in states:
             metrics.merge(state)
-    return {f"val/{name}": value for name, value in metrics.compute(plan.val.ranking).items()}, failures
+        found = [metrics.compute(val.ranking)]
+    dist.broadcast_object_list(found)
+    scores: dict[str, float] = found[0]
+    return scores
 
 
 # --- from step to step --------------------------------------------------------------------------------------------

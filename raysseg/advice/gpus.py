@@ -15,6 +15,13 @@ from dataclasses import dataclass
 from raysseg.config import Precision
 from raysseg.schema import InputError
 
+CONTEXT = 0.75 * 2**30  # bytes of a GPU that CUDA itself takes
+WORKSPACE = 0.25 * 2**30  # of cuBLAS and cuDNN
+SLACK = 0.05  # of what batches take: blocks of the allocator that are free, but too small
+
+EFFICIENCY = (0.2, 0.55)  # of the rates of data sheets, at worst and at best
+BANDWIDTH = (0.5, 0.8)
+
 
 @dataclass(frozen=True)
 class Gpu:

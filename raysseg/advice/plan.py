@@ -12,7 +12,7 @@ import torch
 
 from raysseg.advice.amounts import in_gib, to_bytes
 from raysseg.advice.costs import DTYPES, Pass, Sketch, peak_of
-from raysseg.advice.gpus import GPUS, Gpu, find_gpu
+from raysseg.advice.gpus import BANDWIDTH, CONTEXT, EFFICIENCY, GPUS, SLACK, WORKSPACE, Gpu, find_gpu
 from raysseg.advice.profiles import read_costs
 from raysseg.catalogue import MODELS
 from raysseg.config import AUTO, Precision, TrainJob
@@ -22,14 +22,8 @@ from raysseg.schema import ClassMap, InputError
 
 MEASURED = Path(__file__).parent / "measured.json"
 
-CONTEXT = 0.75 * 2**30  # bytes of a GPU that CUDA itself takes
-WORKSPACE = 0.25 * 2**30  # of cuBLAS and cuDNN
-SLACK = 0.05  # of what batches take: blocks of the allocator that are free, but too small
-
 ON_CPUS = 4  # images of a micro-batch that are worth while
 
-EFFICIENCY = (0.2, 0.55)  # of the rates of data sheets, at worst and at best
-BANDWIDTH = (0.5, 0.8)
 LAUNCH_S = (15e-6, 6e-6)  # an operation takes at least
 
 NUM_CLASSES, IMAGE_BYTES, NUM_IMAGES = 21, 200_000, 10_000  # presumed, where the data can't be read

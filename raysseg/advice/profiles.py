@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 COSTS = Path(__file__).parent / "costs.json"
+EXTENTS = Path(__file__).parent / "extents.json"
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,26 @@ def read_costs() -> dict[str, dict[str, Profile]]:
     """
     content = json.loads(COSTS.read_text())
     return {model: {task: Profile(**row) for task, row in tasks.items()} for model, tasks in content.items()}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a model takes beside a training step at 512x512.
+
+    Attributes:
+        prediction_flops: of predicting an image of 512x512; a multiplication and an addition are two.
+        prediction_traffic: bytes that operations read and write for it.
+        bytes_per_image_256: as a profile's, for crops of 256x256.
+        bytes_per_image_1024: for crops of 1024x1024.
+    """
+
+    prediction_flops: int
+    prediction_traffic: int
+    bytes_per_image_256: int
+    bytes_per_image_1024: int
+
+
+@cache
+def read_extents() -> dict[str, Extent]:
+    """The extent of each model of `read_costs`, of 21 classes and in bf16; `python -m benchmarks.bench_extents`."""
+    return {model: Extent(**row) for model, row in json.loads(EXTENTS.read_text()).items()}

@@ -34,7 +34,7 @@ def read_index(source: AnySource) -> SampleIndex:
         InputError: the source is empty, or its parts don't fit each other.
         StorageError: it can't be reached.
     """
-    return FORMATS[source.format].read_index(source)
+    return FORMATS[source.format].read_index(source).in_one_piece
 
 
 def read_predictions(source: AnySource, truth: SampleIndex, classes: ClassMap) -> SampleIndex:

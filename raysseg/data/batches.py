@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -139,6 +139,11 @@ class Feed:
         """From the start to the end of the last epoch."""
         return max(0, (self.epochs - self.start.epoch) * self.chunks_per_epoch - self.first_chunk)
 
+    @property
+    def bare(self) -> Feed:
+        """The feed without its samples, as small for any number of them: it reads and decodes requests of this one."""
+        return replace(self, index=self.index.take(np.zeros(0, np.int64)), factors=None)
+
 
 def build_feed(
     job: TrainJob,
@@ -159,6 +164,21 @@ def build_feed(
 
 
 @dataclass(frozen=True)
+class Request:
+    """What one chunk is to hold.
+
+    Attributes:
+        epoch: from 0.
+        positions: (N,) int64 in the epoch, ascending.
+        index: the samples at these positions.
+    """
+
+    epoch: int
+    positions: npt.NDArray[np.int64]
+    index: SampleIndex
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Samples of an epoch as they lie on storage.
 
@@ -173,18 +193,23 @@ class Chunk:
     samples: Sequence[Sample | Failure]
 
 
-def read_chunk(feed: Feed, chunk: int) -> Chunk:
-    """Reads one chunk of a feed, counted from its start: the rank's rows of some windows of the order, by position."""
+def request_chunk(feed: Feed, chunk: int) -> Request:
+    """One chunk of a feed, counted from its start: the rank's rows of some windows of the order, by position."""
     epochs, place = divmod(feed.first_chunk + chunk, feed.chunks_per_epoch)
     epoch = feed.start.epoch + epochs
     order = _order(feed, epoch)
     first = place * feed.windows_per_chunk
-    edges = np.append(order.windows, len(order))
-    start, stop = edges[first], edges[min(first + feed.windows_per_chunk, len(edges) - 1)]
+    last = first + feed.windows_per_chunk
+    stop = order.windows[last] if last < len(order.windows) else len(order)
     begin = feed.first_position(epoch)
-    positions = np.arange(max(start, begin), stop)
+    positions = np.arange(max(order.windows[first], begin), stop)
     positions = positions[(positions - begin) % feed.batch.global_size % feed.num_workers == feed.rank]
-    return Chunk(epoch, positions, read_samples(feed.index.take(order.rows[positions])))
+    return Request(epoch, positions, feed.index.take(order.rows[positions]))
+
+
+def read_chunk(request: Request) -> Chunk:
+    """Reads what is requested."""
+    return Chunk(request.epoch, request.positions, read_samples(request.index))
 
 
 def iter_parts(feed: Feed, chunk: Chunk) -> Iterator[Chunk]:
@@ -347,7 +372,8 @@ def read_ahead(load: Callable[[S], T], items: Iterable[S], threads: int) -> Iter
 
 def iter_chunks(feed: Feed, *, threads: int = 2) -> Iterator[Batch]:
     """The rows of a feed in turn, without Ray: a thread reads ahead of those that decode."""
-    return decode_ahead(feed, read_ahead(partial(read_chunk, feed), range(feed.num_chunks), 1), threads)
+    chunks = read_ahead(lambda number: read_chunk(request_chunk(feed, number)), range(feed.num_chunks), 1)
+    return decode_ahead(feed, chunks, threads)
 
 
 def decode_ahead(feed: Feed, chunks: Iterable[Chunk], threads: int) -> Iterator[Batch]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -36,16 +35,18 @@ def files_by_stem(folder: str, suffixes: frozenset[str], end: str = "") -> dict[
         InputError: there is no such file, or two share a stem.
     """
     by_stem: dict[str, str] = {}
-    for entry in storage.list_files(folder):
-        path = PurePosixPath(entry.path)
-        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.stem.endswith(end):
+    for entry in storage.list_tree(folder):
+        path = entry.path
+        stem, dot, suffix = path.rpartition(".")  # no Path: there may be millions
+        name = stem.rpartition("/")[2]
+        if dot + suffix.lower() not in suffixes or name.startswith(".") or not name or not name.endswith(end):
             continue
-        stem = str(path.with_suffix("")).removesuffix(end)
+        stem = stem.removesuffix(end)
         if stem in by_stem:
             raise InputError(
                 f"{folder}: {by_stem[stem]} and {path} share one stem, so neither can be paired; rename one"
             )
-        by_stem[stem] = str(path)
+        by_stem[stem] = path
     if not by_stem:
         kinds = ", ".join(f"{end}{suffix}" for suffix in sorted(suffixes))
         raise InputError(f"{folder}: the folder holds no file ending in {kinds}; is it the right one?")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,9 @@ from raysseg import storage
 from raysseg.config import AnySource
 from raysseg.data.classes import Vocabulary
 from raysseg.schema import ClassMap, Sample
+
+_MOST_BYTES = 2**31 - 1  # of a chunk of strings, offsets included
+_ROWS = 1 << 16  # whose names are looked at in one go
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,26 @@ class SampleIndex:
         names: list[str] = self.references["sample_id"].take(pa.array(order)).to_pylist()
         return names
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes with the names of the samples, their order, and how they are grouped."""
-        digest = hashlib.sha256("\n".join(self.sample_ids).encode())
+        """Changes with the names of the samples, their order, and how they are grouped; pickled with the index."""
+        digest = hashlib.sha256()
+        for number, batch in enumerate(self.references.select(["sample_id"]).to_batches(max_chunksize=_ROWS)):
+            digest.update(b"\n" * (number > 0) + "\n".join(batch.column(0).to_pylist()).encode())
         digest.update(self.groups.tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def in_one_piece(self) -> SampleIndex:
+        """The same index with columns of one chunk, from which Arrow takes rows without a look at all others.
+
+        Strings of more than 2 GiB then need large offsets; Arrow can't take from chunks of them at all.
+        """
+        schema = self.references.schema
+        for place, column in enumerate(self.references.columns):
+            if column.type == pa.string() and column.nbytes > _MOST_BYTES:
+                schema = schema.set(place, schema.field(place).with_type(pa.large_string()))
+        return replace(self, references=self.references.cast(schema).combine_chunks())
 
     def take(self, rows: npt.NDArray[np.int64]) -> SampleIndex:
         """The index of some samples."""

@@ -34,11 +34,13 @@ def read_index(source: MasksSource) -> SampleIndex:
     Raises:
         InputError: an empty folder, an image without its mask or the reverse (unless the source skips), a stem twice.
     """
-    images = masks = None
-    if source.images is not None:
-        images = files_by_stem(source.images, IMAGE_SUFFIXES, source.images_end)
-    if source.masks is not None:
-        masks = files_by_stem(source.masks, MASK_SUFFIXES, source.masks_end)
+
+    def list_side(folder: str | None, suffixes: frozenset[str], end: str) -> dict[str, str] | None:
+        return None if folder is None else files_by_stem(folder, suffixes, end)
+
+    with ThreadPoolExecutor(2) as pool:
+        sides = (source.images, source.masks), (IMAGE_SUFFIXES, MASK_SUFFIXES), (source.images_end, source.masks_end)
+        images, masks = pool.map(list_side, *sides)
     failures: list[Failure] = []
     if images is None or masks is None:
         stems = sorted((images if masks is None else masks) or {})

@@ -16,6 +16,7 @@ Presence = npt.NDArray[np.bool_]
 Factors = npt.NDArray[np.float64]
 """(N,) how often an epoch shows each sample, on average; 1 at least."""
 
+_ROWS = 1 << 16  # of (N, C) numbers in memory at a time
 _BITS = 32  # cumulative factors are whole numbers of 2**-32, so that how often a sample may come is exact
 
 
@@ -46,8 +47,9 @@ def repeat_factors(presence: Presence, threshold: float) -> Factors:
         threshold: the share below which a class is rare.
     """
     shares = np.maximum(presence.mean(axis=0), 1 / len(presence))  # no image takes the factor of an absent class
-    factors: Factors = np.where(presence, np.sqrt(threshold / shares), 1.0).max(axis=1, initial=1.0)
-    return factors
+    by_class = np.sqrt(threshold / shares)
+    parts = np.array_split(presence, len(presence) // _ROWS + 1)
+    return np.concatenate([np.where(part, by_class, 1.0).max(axis=1, initial=1.0) for part in parts])
 
 
 def num_positions(index: SampleIndex, factors: Factors | None = None) -> int:

@@ -9,9 +9,11 @@ import json
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from functools import lru_cache, partial
-from typing import Any
+from itertools import chain, islice, pairwise
+from typing import Any, Generic, TypeVar
 
 import cv2
 import numpy as np
@@ -20,27 +22,31 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, ExecutionResources
-from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from raysseg.config import Decode
+from raysseg.config import AnySource, Decode
 from raysseg.data.batches import (
     Batch,
     Chunk,
     Feed,
     Numbered,
+    Request,
     decode_ahead,
     decode_chunk,
     iter_parts,
     read_chunk,
+    request_chunk,
     stand_in,
 )
-from raysseg.data.index import Failure
+from raysseg.data.index import Failure, SampleIndex
 from raysseg.data.shards import SAMPLE_SCHEMA, to_sample, to_table
 from raysseg.schema import InputError, Sample
 
 Block = dict[str, npt.NDArray[Any]]
+Delivered = TypeVar("Delivered", Batch, Chunk)
 
+_SPAN = 512  # chunks of an execution at most: Ray Data takes all of its input at the start, a millisecond each
+_OVERLAP = 1 / 4  # of an execution's rows are still to come when the next one begins
 _AHEAD_CHUNKS = (3, 6)  # a worker's chunks that may wait in the object store: at least, and at most
 _AHEAD_BYTES = 2**30  # that they take between the two
 _ENCODED_BYTES = 2**27  # of a chunk as it is stored: 16 row groups of 8 MiB
@@ -64,8 +70,9 @@ def iter_chunks(
 ) -> Iterator[Batch]:
     """The rows of a feed in turn, delivered by Ray Data.
 
-    One execution spans all epochs, so that no epoch's first batch waits. A chunk is one task and short enough to be one
-    block or a few, so that no task waits for room while it holds a CPU.
+    A chunk is one task, and short enough to be one block or a few, so that no task waits for room while it holds a CPU.
+    The task gets the references of its samples and nothing of the index. One execution spans some hundred chunks, over
+    the ends of epochs; the next one starts before it is through, so that nothing waits for that.
 
     Args:
         feed: what to deliver.
@@ -80,19 +87,55 @@ def iter_chunks(
     if feed.num_chunks == 0:
         return
     _limit(_chunk_bytes(feed) if decode == "cluster" else _ENCODED_BYTES)
-    load = partial(_decode_blocks if decode == "cluster" else _read_block, [ray.put(feed)])
+    bare = [ray.put(feed.bare)]
     resources = {"num_cpus": 1} if reserves else {"num_cpus": 0, "concurrency": _UNRESERVED}
-    source = RangeDatasource(n=feed.num_chunks, block_format="arrow", column_name="id")
-    numbers = ray.data.read_datasource(source, override_num_blocks=feed.num_chunks, **resources)
-    stream = numbers.map_batches(load, batch_size=None, **resources).iterator()
-    blocks = partial(stream.iter_batches, batch_size=None, prefetch_batches=1)
-    try:
-        if decode == "cluster":
-            yield from map(_to_batch, blocks(batch_format="numpy"))
-        else:
-            yield from decode_ahead(feed, map(_to_chunk, blocks(batch_format="pyarrow")), threads)
-    finally:
-        report(stream.stats())
+
+    def begin(
+        load: Callable[..., Any], to: Callable[[Any], Delivered], format_: str, numbers: range
+    ) -> _Span[Delivered]:
+        tables = [_to_table(request_chunk(feed, number)) for number in numbers]
+        loaded = ray.data.from_blocks(tables).map_batches(
+            partial(load, bare), batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **resources
+        )
+        stream = loaded.iterator()
+        items = map(to, stream.iter_batches(batch_size=None, prefetch_batches=1, batch_format=format_))
+        return _Span(sum(map(len, tables)), chain(list(islice(items, 1)), items), stream.stats)
+
+    if decode == "cluster":
+        yield from _chained(partial(begin, _decode_blocks, _to_batch, "numpy"), feed.num_chunks, report)
+    else:
+        chunks = _chained(partial(begin, _read_block, _to_chunk, "pyarrow"), feed.num_chunks, report)
+        yield from decode_ahead(feed, chunks, threads)
+
+
+@dataclass(frozen=True)
+class _Span(Generic[Delivered]):
+    """An execution of Ray Data that has begun: how many rows it brings, what it brings in turn, and its statistics."""
+
+    num_rows: int
+    items: Iterator[Delivered]
+    stats: Callable[[], str]
+
+
+def _chained(
+    begin: Callable[[range], _Span[Delivered]], num_chunks: int, report: Callable[[str], None]
+) -> Iterator[Delivered]:
+    """What executions of about as many chunks each bring; the next one begins while the last rows of one come."""
+    edges = np.linspace(0, num_chunks, -(-num_chunks // _SPAN) + 1).astype(np.int64).tolist()
+    spans = [range(start, stop) for start, stop in pairwise(edges)]
+    following: Future[_Span[Delivered]] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="raysseg-span") as pool:
+        for number, chunks in enumerate(spans, 1):
+            span = (following or pool.submit(begin, chunks)).result()
+            following, rows_left = None, span.num_rows
+            try:
+                for item in span.items:
+                    rows_left -= len(item.positions)
+                    if following is None and rows_left < _OVERLAP * span.num_rows and number < len(spans):
+                        following = pool.submit(begin, spans[number])
+                    yield item
+            finally:
+                report(span.stats())
 
 
 def _limit(chunk_bytes: int) -> None:
@@ -114,11 +157,24 @@ def _chunk_bytes(feed: Feed) -> int:
     return int(feed.num_positions / feed.chunks_per_epoch / feed.num_workers * height * width * 5)
 
 
-def _decode_blocks(feed_ref: list[ray.ObjectRef[Feed]], numbers: Block) -> Iterator[Block]:
+def _to_table(request: Request) -> pa.Table:
+    """What a task is given: the samples' references, with their places."""
+    epochs = np.full(len(request.positions), request.epoch)
+    places = pa.array(request.positions), pa.array(epochs)
+    return request.index.references.append_column("position", places[0]).append_column("epoch", places[1])
+
+
+def _to_request(table: pa.Table, source: AnySource) -> Request:
+    positions = table["position"].to_numpy()
+    index = SampleIndex(source, table.drop_columns(["position", "epoch"]), np.arange(len(table)))
+    return Request(table["epoch"][0].as_py(), positions, index)
+
+
+def _decode_blocks(feed_ref: list[ray.ObjectRef[Feed]], table: pa.Table) -> Iterator[Block]:
     """A task that decodes, part by part; what goes wrong travels in a block, so that it reaches the user as it is."""
     feed = _feed(feed_ref[0])
     try:
-        for part in iter_parts(feed, read_chunk(feed, int(numbers["id"].item()))):
+        for part in iter_parts(feed, read_chunk(_to_request(table, feed.index.source))):
             batch = decode_chunk(feed, part)
             failures = [astuple(failure) for failure in batch.failures]
             yield _to_block(batch, _note(failures=failures) if failures else "")
@@ -154,17 +210,17 @@ def _to_batch(block: Block) -> Batch:
     return Batch(block["images"], block["labels"], block["weights"], block["positions"], regions, failures)
 
 
-def _read_block(feed_ref: list[ray.ObjectRef[Feed]], numbers: Block) -> pa.Table:
+def _read_block(feed_ref: list[ray.ObjectRef[Feed]], table: pa.Table) -> pa.Table:
     """A task that only reads: samples as they are stored, each with its place and what is wrong with it."""
     feed = _feed(feed_ref[0])
     try:
-        chunk = read_chunk(feed, int(numbers["id"].item()))
+        chunk = read_chunk(_to_request(table, feed.index.source))
         notes = [_note(failure=astuple(s)) if isinstance(s, Failure) else "" for s in chunk.samples]
     except InputError as error:
         chunk, notes = Chunk(0, np.zeros(1, np.int64), [_NOTHING]), [_note(error=str(error))]
-    table = to_table([_NOTHING if isinstance(sample, Failure) else sample for sample in chunk.samples])
-    places = pa.array(chunk.positions), pa.array(np.full(len(table), chunk.epoch))
-    return table.append_column("position", places[0]).append_column("epoch", places[1]).append_column("note", [notes])
+    read = to_table([_NOTHING if isinstance(sample, Failure) else sample for sample in chunk.samples])
+    places = pa.array(chunk.positions), pa.array(np.full(len(read), chunk.epoch))
+    return read.append_column("position", places[0]).append_column("epoch", places[1]).append_column("note", [notes])
 
 
 def _to_chunk(block: pa.Table) -> Chunk:
@@ -189,9 +245,9 @@ def _read_note(text: str) -> dict[str, Any]:
     return note
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=64)
 def _feed(feed_ref: ray.ObjectRef[Feed]) -> Feed:
-    """The feed, once a process: its index is not copied, its order of an epoch is computed once."""
+    """The bare feed, once a process, of each rank that it reads for."""
     cv2.setNumThreads(1)  # a task has one CPU
     feed: Feed = ray.get(feed_ref)
     return feed

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 import yaml
 
-from raysseg.config import AnySource, InspectJob
+from raysseg.catalogue import MODELS
+from raysseg.config import AnySource
+from raysseg.findings.fingerprint import COCO_SIDES, Advice, Choice, ClassFacts, Fingerprint, SplitFacts, Tree, Value
 from raysseg.findings.kinds import Finding
-from raysseg.findings.summary import COCO_SIDES, SplitFacts
-from raysseg.storage import is_remote
-
-Value = str | float | int | bool | None | list[int] | list[float] | list[str]
-Tree = Mapping[str, "Tree | Value"]
+from raysseg.schema import Task
 
 _CROP = 512  # pixels: what most published recipes crop to
 _STEP = 32  # models' strides divide it
@@ -25,25 +23,48 @@ _BLOCKING = frozenset({"missing_pair", "unreadable", "size_mismatch", "exif_rota
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A key of a train job, its value, and why."""
-
-    key: str
-    value: Value
-    reason: str
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What to do about a data set.
+class Start:
+    """What a train job is written for.
 
     Attributes:
-        choices: keys of a train job.
+        task: of the model.
+        model: its name in the catalogue.
+        weights: what it starts from; None: from scratch.
+        reason: for both.
+        written_by: the verb.
+        choices: keys beside those that the data ask for.
         remarks: what no key says.
     """
 
-    choices: list[Choice]
-    remarks: list[str]
+    task: Task
+    model: str
+    weights: str | None
+    reason: str
+    written_by: str
+    choices: Sequence[Choice] = ()
+    remarks: Sequence[str] = ()
+
+    @property
+    def family(self) -> str:
+        """What the job is named after."""
+        return self.model.partition("-")[0]
+
+    def takes(self, key: str) -> bool:
+        """Whether the job has a place for a key: advice on losses and on mIoU is for label maps."""
+        section = key.partition(".")[0]
+        if section == "loss":
+            return not MODELS[self.model].has_own_loss
+        return section != "checkpoint" or self.task == "semantic"
+
+
+START = Start(
+    "semantic",
+    "segformer-b0",
+    "nvidia/mit-b0",
+    "Small and quick to start with; segformer-b2 and larger are better and slower. `raysseg recommend` knows others.",
+    "inspect",
+)
+"""Where nobody has chosen."""
 
 
 def advise(train: SplitFacts, findings: Sequence[Finding]) -> Advice:
@@ -67,34 +88,49 @@ def to_fragment(choices: Sequence[Choice]) -> dict[str, Tree | Value]:
     return tree
 
 
-def to_train_job(job: InspectJob, advice: Advice, classes: str | Sequence[str] | None) -> str:
+def to_train_job(found: Fingerprint, start: Start, *, storage: str, scaling: Mapping[str, Value] | None = None) -> str:
     """A complete train job as YAML, with the reasons as comments.
 
     Args:
-        job: whose data are to be trained on.
-        advice: for them.
-        classes: the class list; None: the data set names its own.
+        found: the data that are to be trained on, and the advice for them.
+        start: with what.
+        storage: where runs go.
+        scaling: keys of the job's section; None: the defaults.
     """
-    sources = list(job.splits.values())
-    tree: dict[str, Tree | Value] = {"kind": "train", "name": f"{job.name}-segformer", "task": "semantic"}
-    comments = {choice.key: choice.reason for choice in advice.choices}
-    comments["kind"] = "Written by `raysseg inspect`; run it with `raysseg train`, change what you know better."
-    if classes is not None:
-        tree["classes"] = classes if isinstance(classes, str) else list(classes)
-    _put(tree, "data.train", _to_tree(sources[0]))
-    _put(tree, "data.val", _to_tree(sources[-1]))
+    sources = [_to_train_source(source, start.task) for source in found.data.values()]
+    tree: dict[str, Tree | Value] = {"kind": "train", "name": f"{found.name}-{start.family}", "task": start.task}
+    choices = [choice for choice in found.advice.choices if start.takes(choice.key)]
+    comments = {choice.key: choice.reason for choice in (*choices, *start.choices)}
+    comments |= {
+        "kind": f"Written by `raysseg {start.written_by}`; run it with `raysseg train`, change what you know better."
+    }
+    if found.listed is not None:
+        tree["classes"] = found.listed
+    _put(tree, "data.train", sources[0])
+    _put(tree, "data.val", sources[-1])
     if len(sources) == 1:
         comments["data.val"] = "Replace it: these are the training samples, by which no model can be judged."
-    for choice in advice.choices:
+    _put(tree, "model.name", start.model)
+    _put(tree, "model.weights", start.weights)
+    comments["model"] = start.reason
+    for choice in (*choices, *start.choices):
         _put(tree, choice.key, choice.value)
-    _put(tree, "model.name", "segformer-b0")
-    _put(tree, "model.weights", "nvidia/mit-b0")
-    comments["model"] = "Small and quick to start with; segformer-b2 and larger are better and slower."
-    if any(value not in (None, 0, 0.0) for value in job.scaling.model_dump(exclude_defaults=True).values()):
-        tree["scaling"] = job.scaling.model_dump(mode="json", exclude_defaults=True)
-    tree["storage"] = job.storage if is_remote(job.storage) else "runs"
-    remarks = "".join(f"# {remark}\n" for remark in advice.remarks)
-    return remarks + "\n".join(_lines(tree, comments)) + "\n"
+    if scaling:
+        tree["scaling"] = scaling
+    tree["storage"] = storage
+    remarks = [remark for remark in found.advice.remarks if "loss." not in remark or start.takes("loss")]
+    return to_yaml(tree, comments, [*remarks, *start.remarks])
+
+
+def to_yaml(tree: Tree, comments: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
+    """A job file.
+
+    Args:
+        tree: its keys.
+        comments: that stand above keys, by dotted path; several lines where they have several.
+        remarks: comments at the head.
+    """
+    return "\n".join([*(f"# {remark}" for remark in remarks), *_lines(tree, comments)]) + "\n"
 
 
 # --- choices ------------------------------------------------------------------------------------------------------
@@ -150,7 +186,7 @@ def _choose_loss(train: SplitFacts) -> Iterator[Choice]:
     if len(present) < 2:
         return
     rarest, largest = min(present, key=lambda c: c.share), max(present, key=lambda c: c.share)
-    ratio = largest.share / max(rarest.share, 1e-12)
+    ratio = _unevenness(present)
     shown = f"{largest.name} has {ratio:,.0f} times the pixels of {rarest.name}"
     if ratio >= _UNEVEN:
         weights = [found.weights["median_frequency"] for found in present]
@@ -195,9 +231,38 @@ def _remarks(train: SplitFacts, findings: Sequence[Finding]) -> Iterator[str]:
     if total and small > 0.5 * total:
         side = COCO_SIDES[0]
         yield f"{small / total:.0%} of the instances are smaller than {side}x{side} pixels: keep the resolution."
+    yield from _more_terms(train)
     errors = [f.kind for f in findings if f.severity == "error"]
     if errors:
         yield f"Mend the errors first: {_listed(sorted(set(errors)))}."
+
+
+def _more_terms(train: SplitFacts) -> Iterator[str]:
+    """Terms that no key asks for, as they are not sure to be better; figures are of docs/results.md, Balance."""
+    present = [found for found in train.classes if found.pixels]
+    if len(present) < 2:
+        return
+    if any(found.is_thin for found in present):
+        yield (
+            "For thin classes also try loss.boundary: 10 beside cross-entropy: on cracks it reached an IoU of 0.299, "
+            "cross-entropy alone 0.000, Dice beside it 0.315."
+        )
+    if train.dominant_share > 0.9 or any(found.is_tiny for found in present):
+        yield (
+            "Where a miss is worse than a false alarm, also try loss.tversky in place of loss.dice: on cracks 0.333, "
+            "Dice 0.315, which is within what seeds differ by."
+        )
+    if len(present) > 2 and _unevenness(present) >= _UNEVEN:
+        yield (
+            "Where mIoU is what counts, loss.lovasz beside cross-entropy goes for IoU itself; it takes 13 times as "
+            "long, and what it gains on these data is not known."
+        )
+
+
+def _unevenness(present: Sequence[ClassFacts]) -> float:
+    """The largest class's share over the smallest's."""
+    shares = [found.share for found in present]
+    return max(shares) / max(min(shares), 1e-12)
 
 
 def _dominance(train: SplitFacts) -> str:
@@ -211,10 +276,15 @@ def _listed(names: Sequence[str]) -> str:
 # --- YAML ---------------------------------------------------------------------------------------------------------
 
 
-def _to_tree(source: AnySource) -> Tree:
-    values = source.model_dump(mode="json", exclude_defaults=True, exclude={"on_error"})
-    instances = source.format in ("coco", "yolo") and source.background is None
-    return {"format": source.format, **values} | ({"background": "background"} if instances else {})
+def to_tree(source: AnySource) -> dict[str, Value]:
+    """A source as a job names it, without what is as it is anyway."""
+    return {"format": source.format, **source.model_dump(mode="json", exclude_defaults=True, exclude={"on_error"})}
+
+
+def _to_train_source(source: Mapping[str, Value], task: Task) -> Tree:
+    """With a class for what no instance covers, where that is to be learnt."""
+    is_open = task == "semantic" and source["format"] in ("coco", "yolo") and "background" not in source
+    return {**source, **({"background": "background"} if is_open else {})}
 
 
 def _put(tree: dict[str, Tree | Value], key: str, value: Tree | Value) -> None:
@@ -230,8 +300,7 @@ def _put(tree: dict[str, Tree | Value], key: str, value: Tree | Value) -> None:
 def _lines(tree: Tree, comments: Mapping[str, str], path: str = "", indent: str = "") -> Iterator[str]:
     for name, value in tree.items():
         key = f"{path}{name}"
-        if key in comments:
-            yield f"{indent}# {comments[key]}"
+        yield from (f"{indent}# {line}" for line in comments.get(key, "").splitlines())
         if isinstance(value, Mapping):
             yield f"{indent}{name}:"
             yield from _lines(value, comments, f"{key}.", f"{indent}  ")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from raysseg.findings.advice import Advice, to_fragment
+from raysseg.findings.advice import to_fragment
+from raysseg.findings.fingerprint import Advice, SplitFacts
 from raysseg.findings.kinds import KINDS, SEVERITIES, Finding
-from raysseg.findings.summary import SplitFacts
 from raysseg.report import MATRIX_CLASSES, Picture, open_template
 from raysseg.schema import ClassMap, Task
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -12,92 +11,16 @@ import numpy.typing as npt
 
 from raysseg.config import ClassWeightScheme
 from raysseg.findings.facts import Labels, SampleFacts
+from raysseg.findings.fingerprint import COCO_SIDES, ClassFacts, SplitFacts
 from raysseg.findings.rules import count_modes
 from raysseg.findings.shapes import THIN
 from raysseg.losses import ClassPixels, balance
 from raysseg.schema import ClassMap
 
-COCO_SIDES = (32, 96)  # pixels: up to 32 x 32 an instance is small, up to 96 x 96 medium
 PERCENTILES = (5, 25, 50, 75, 95)
 TINY = 0.005  # of the labelled pixels
 _BETA = 0.999999  # the job's default of loss.effective_beta
 _MOST_SIZES = 10  # that are listed
-
-
-@dataclass(frozen=True)
-class ClassFacts:
-    """What a split holds of one class.
-
-    Attributes:
-        name: of the class.
-        id: in the data set.
-        pixels: labelled so.
-        share: of the labelled pixels.
-        images: that hold it.
-        instances: segments, or connected parts of label images.
-        median_area: of those, in pixels; None without any.
-        small: of those, by COCO's bounds; likewise medium and large.
-        width: of a typical stroke, in pixels; None without any.
-        is_thin: whether that is so little that scaling down harms it.
-        is_tiny: whether it has so small a share of the pixels that most crops miss it.
-        weights: as each scheme of `loss.class_weights` would have it; 0 for a class that does not occur.
-    """
-
-    name: str
-    id: int
-    pixels: int
-    share: float
-    images: int
-    instances: int
-    median_area: float | None
-    small: int
-    medium: int
-    large: int
-    width: float | None
-    is_thin: bool
-    is_tiny: bool
-    weights: dict[str, float]
-
-
-@dataclass(frozen=True)
-class SplitFacts:
-    """What a split holds.
-
-    Attributes:
-        name: of the split.
-        num_samples: listed, unpaired ones among them.
-        num_usable: with an image and labels that fit each other.
-        sizes: the most frequent sizes of images: (height, width, images).
-        height: (smallest, median, largest).
-        width: likewise.
-        modes: images by Pillow's mode.
-        labelled_pixels: of all classes.
-        ignored_pixels: without a class.
-        classes: in the class list's order.
-        instance_areas: percentiles of PERCENTILES, in pixels.
-        area_histogram: instances by the power of two that their area reaches: the first bin holds area 1.
-        cooccurrence: (C, C) images that hold both classes.
-        dominant: name of the class of most pixels, None without any.
-        dominant_share: of the labelled pixels.
-        verdict: the number of samples against customary guidance.
-    """
-
-    name: str
-    num_samples: int
-    num_usable: int
-    sizes: list[tuple[int, int, int]]
-    height: tuple[int, int, int]
-    width: tuple[int, int, int]
-    modes: dict[str, int]
-    labelled_pixels: int
-    ignored_pixels: int
-    classes: list[ClassFacts]
-    instance_areas: dict[str, float]
-    area_histogram: list[int]
-    cooccurrence: list[list[int]]
-    dominant: str | None
-    dominant_share: float
-    verdict: str
 
 
 def summarise(name: str, facts: Collection[SampleFacts], classes: ClassMap) -> SplitFacts:

@@ -7,13 +7,15 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -72,19 +74,21 @@ def build_api(segmenting: Mapping[str, Segmenting], prompting: Mapping[str, Prom
     counts = Counts([*segmenting, *prompting])
     api = _Api(segmenting, prompting, http, counts)
     app = FastAPI(title="raysseg", version=version("raysseg"), description=openapi.DESCRIPTION)
-    app.add_middleware(Watch, counts=counts, token=read_token(http))
+    token = read_token(http)
+    app.add_middleware(Watch, counts=counts, token=token, timeout_s=http.timeout_s)
     for kind in (InputError, HTTPException):
         app.add_exception_handler(kind, answer_problem)
-    add = app.add_api_route
+    described = [Depends(HTTPBearer(auto_error=False))] if token is not None else []  # Watch is what asks for it
+    add = partial(app.add_api_route, dependencies=described)
     add("/v1/models", api.list_models, openapi_extra=openapi.MODELS)
     add("/v1/models/{name}", api.describe, openapi_extra=openapi.MODEL)
     add("/v1/models/{name}/segment", api.segment, methods=["POST"], openapi_extra=openapi.SEGMENT)
     add("/v1/models/{name}/images", api.upload, methods=["POST"], status_code=201, openapi_extra=openapi.IMAGES)
     add("/v1/models/{name}/prompt", api.prompt, methods=["POST"], openapi_extra=openapi.PROMPT)
     add("/v1/models/{name}/everything", api.everything, methods=["POST"], openapi_extra=openapi.EVERYTHING)
-    add("/healthz", api.is_up, openapi_extra=openapi.HEALTH)
-    add("/metrics", api.count, include_in_schema=False)
-    add("/", api.show_page, include_in_schema=False)
+    app.add_api_route("/healthz", api.is_up, openapi_extra=openapi.HEALTH)
+    app.add_api_route("/metrics", api.count, include_in_schema=False)
+    app.add_api_route("/", api.show_page, include_in_schema=False)
     app.mount("/playground", StaticFiles(directory=PLAYGROUND))
     return app
 

@@ -42,10 +42,13 @@ from raysseg.serve.segment import Segmenter, find_bundle, read_card
 logger = logging.getLogger(__name__)
 
 _HEALTH_S = 2.0  # between two checks of a replica
+_LOAD_S = 2.0  # between two reports of the load; Ray would have 10, by a variable of each process in time to come
 _LOOK_BACK_S = 5.0  # over which the load is averaged
 _CARD_S = 10.0  # for which a card is taken for true
+_SAY_SO_S = 5.0  # after the time of a request is up, for the answer that tells so
 _INGRESS = "_ingress"  # models' names begin otherwise
 _INGRESS_ONGOING = 512  # requests that one process takes in at a time
+_INGRESS_BYTES = 2**20  # that such a process reserves: what reserves nothing is not spread over the nodes
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # requests are counted instead, see /metrics
 
 
@@ -71,7 +74,7 @@ def deploy(job: ServeJob) -> None:
     """
     os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray that is started here: requests give way to nothing
     connect()
-    timeout_s = seconds_of(job.http.timeout)
+    timeout_s = job.http.timeout_s + _SAY_SO_S
     options = HTTPOptions(host=job.http.host, port=job.http.port, request_timeout_s=timeout_s)
     serve.start(http_options=options, logging_config=_QUIET)
     running = serve.context._get_global_client().http_config
@@ -128,7 +131,7 @@ def to_application(job: ServeJob) -> Application:
         health_check_period_s=_HEALTH_S,
         max_surge_percent=100,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "memory": _INGRESS_BYTES},
     )
     return ingress.bind(*models)
 
@@ -210,6 +213,7 @@ def _autoscaling(replicas: Replicas) -> AutoscalingConfig:
         min_replicas=least,
         max_replicas=most,
         target_ongoing_requests=max(1, replicas.max_ongoing // 2),
+        metrics_interval_s=_LOAD_S,
         look_back_period_s=_LOOK_BACK_S,
         upscale_delay_s=seconds_of(replicas.upscale_delay),
         downscale_delay_s=seconds_of(replicas.downscale_delay),

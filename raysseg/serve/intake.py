@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from raysseg.config import MIN_SIDE
 from raysseg.data.files import IMAGE_FORMATS
 from raysseg.hosting import Http
 from raysseg.masks import IMAGE_ERRORS, explain
@@ -109,11 +111,12 @@ def check_image(data: bytes, http: Http) -> None:
         raise _too_many_pixels(http) from error
     except UnidentifiedImageError as error:
         begin = data.lstrip()[:16]
-        shown = f"begins with {begin!r}" if begin else "is empty"
+        plain = re.sub(rb"[^ -~].*", b"", begin, flags=re.DOTALL)
+        shown = f"begins with {plain or begin!r}" if begin else "is empty"
         raise Refusal(415, f"the image {shown}, which is of no kind that is taken; {_ALLOWED}") from error
     except IMAGE_ERRORS as error:
         raise Refusal(422, f"the image can't be read ({explain(error)}); write the file anew") from error
-    if height * width > http.max_pixels:
+    if max(height, MIN_SIDE) * max(width, MIN_SIDE) > http.max_pixels:  # short sides are enlarged for models
         raise _too_many_pixels(http)
     if min(height, width) < http.min_side:
         raise Refusal(422, f"the image is {width}x{height}; allowed: sides from {http.min_side} pixels on")

@@ -27,8 +27,12 @@ _SIZE = {"height": 192, "width": 256}
 
 def _responses(example: object, *statuses: int, status: int = 200) -> dict[str, Any]:
     done = {"description": "Done", "content": {"application/json": {"example": example}}}
-    problems = {str(code): {"description": HTTPStatus(code).phrase} for code in statuses}
-    return {str(status): done, **problems}
+    return {str(status): done, **{str(code): _problem(HTTPStatus(code)) for code in statuses}}
+
+
+def _problem(status: HTTPStatus) -> dict[str, Any]:
+    example = {"title": status.phrase, "status": status, "detail": "what is wrong, what is allowed, what to do"}
+    return {"description": status.phrase, "content": {"application/problem+json": {"example": example}}}
 
 
 def _body(example: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def _body(example: dict[str, Any]) -> dict[str, Any]:
     return {"required": True, "content": content}
 
 
-_ERRORS = (400, 401, 403, 404, 413, 415, 422, 503)
+_ERRORS = (400, 401, 403, 404, 413, 415, 422, 503, 504)
 _AS = {
     "name": "as",
     "in": "query",

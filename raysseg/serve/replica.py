@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -36,8 +37,12 @@ async def ask(handle: DeploymentHandle, method: str, *arguments: object) -> Any:
         InputError: the user's mistake, as the replica tells it.
     """
     for _ in range(TRIES):
+        response = handle.call.remote(method, *arguments)
         try:
-            result = await handle.call.remote(method, *arguments)
+            result = await response
+        except asyncio.CancelledError:  # who asked is gone, or the time is up
+            response.cancel()
+            raise
         except BackPressureError as error:
             raise Refusal(503, "too many requests are waiting; ask again in a moment", 1) from error
         except (ray.exceptions.RayActorError, DeploymentUnavailableError):

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from raysseg.runtime import log_to_stderr
 from raysseg.section import seconds_of
 from raysseg.serve.answers import Answer, Form, to_answer
 from raysseg.serve.batcher import Batcher
+from raysseg.serve.refusal import Refusal
 from raysseg.serve.thread import ModelThread
 
 logger = logging.getLogger(__name__)
 
-_GPU_PIXELS = 4_000_000
+_GPU_PIXELS = 4_000_000  # of a batch
+_CPU_PIXELS = 4_000_000  # of an image that goes through whole: 12 s a million of SegFormer-B0's, one thread
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class _Loaded:
     identity: str
     predictor: Predictor
     batcher: Batcher[Pixels, View]
+    max_pixels: float
 
     @property
     def head(self) -> dict[str, Any]:
@@ -80,9 +84,11 @@ class Segmenter:
 
         Raises:
             InputError: the file can't be decoded.
+            Refusal: it has more pixels than the model can see at once.
         """
         loaded = self._ready()
         pixels = await asyncio.to_thread(decode_image, image)
+        _check_pixels(loaded, pixels)
         view = await self._predict(loaded, pixels)
         head = {"model": self._name, **loaded.head}
         return await asyncio.to_thread(to_answer, view, pixels, loaded.predictor.bundle.classes, form, head)
@@ -124,7 +130,18 @@ class Segmenter:
         served = self._served
         predictor = Predictor(uri, device=self._device, precision=served.precision, inference=served.inference)
         batch_pixels = served.batch_pixels or (_GPU_PIXELS if predictor.is_on_gpu else 1)
-        return _Loaded(identity, predictor, Batcher(predictor.predict, self._thread, batch_pixels))
+        max_pixels = served.max_pixels or (inf if predictor.is_on_gpu else _CPU_PIXELS)
+        return _Loaded(identity, predictor, Batcher(predictor.predict, self._thread, batch_pixels), max_pixels)
+
+
+def _check_pixels(loaded: _Loaded, pixels: Pixels) -> None:
+    height, width = loaded.predictor.input_size(pixels)
+    if loaded.predictor.sees_whole_images and height * width > loaded.max_pixels:
+        raise Refusal(
+            413,
+            f"the model would see {width}x{height} pixels at once; allowed: {loaded.max_pixels}. Scale or cut it, "
+            "or have the model served with `inference.tile` or a larger `max_pixels`",
+        )
 
 
 _PROBE: Pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

@@ -1,7 +1,8 @@
-"""Around every request: the token, the headers, the counts, and a plain 500 for what nobody foresaw."""
+"""Around every request: the token, the time it may take, the headers, the counts, and a plain 500 for bugs."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import os
@@ -70,10 +71,11 @@ class Watch:
         app: what answers.
         counts: where requests are counted.
         token: that requests have to bear, but for the page and the description of the interface; None: none.
+        timeout_s: for which a request is worked on.
     """
 
-    def __init__(self, app: ASGIApp, counts: Counts, token: str | None) -> None:
-        self._app, self._counts = app, counts
+    def __init__(self, app: ASGIApp, counts: Counts, token: str | None, timeout_s: float) -> None:
+        self._app, self._counts, self._timeout_s = app, counts, timeout_s
         self._expected = f"Bearer {token}".encode() if token is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,16 +97,25 @@ class Watch:
             refusal = Refusal(401, "the bearer token is missing or wrong; send `Authorization: Bearer TOKEN`")
             await to_problem(refusal)(scope, receive, pass_on)
         else:
+            limit = asyncio.timeout(self._timeout_s)
             try:
-                await self._app(scope, receive, pass_on)
+                async with limit:
+                    await self._app(scope, receive, pass_on)
             except ClientDisconnect:
                 status = status or _CLIENT_LEFT
             except Exception:
-                logger.exception("%s %s failed", scope["method"], path)
+                if not limit.expired():
+                    logger.exception("%s %s failed", scope["method"], path)
                 if status == 0:
-                    await _problem(500, "this is a bug of the server; its log says more")(scope, receive, pass_on)
+                    await self._explain(limit)(scope, receive, pass_on)
         self._counts.add(path, status, time.perf_counter() - began)
         return None
+
+    def _explain(self, limit: asyncio.Timeout) -> Response:
+        if limit.expired():
+            seconds = f"{self._timeout_s:g} s"
+            return _problem(504, f"given up after {seconds}; ask for less, or have http.timeout of the server raised")
+        return _problem(500, "this is a bug of the server; its log says more")
 
     def _is_allowed(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -14,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from raysseg import storage
+from raysseg import runtime, storage
 from raysseg.bundle import read as read_bundle
-from raysseg.config import Decode, EvaluateJob, TrainJob, parse_as
+from raysseg.config import Decode, EvaluateJob, Scaling, TrainJob, parse_as
 from raysseg.data import read_class_map, read_index
 from raysseg.data.batches import Feed, build_feed, iter_batches, iter_chunks
 from raysseg.evaluate import evaluate
@@ -239,11 +240,14 @@ def test_bad_sample_on_ray_is_the_users_error(ray_cluster: None, example: Path, 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("decode", ["cluster", "trainer"])
-def test_ray_data_delivers_what_this_process_would_read(decode: Decode, example: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("decode", "span"), [("cluster", 512), ("cluster", 1), ("trainer", 512), ("trainer", 1)])
+def test_ray_data_delivers_what_this_process_would_read(
+    decode: Decode, span: int, example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from raysseg.data import stream
     from raysseg.schema import InputError
 
+    monkeypatch.setattr(stream, "_SPAN", span)
     data = put(example, str(tmp_path))
     damaged = sorted((tmp_path / "train/images").iterdir())[7]
     damaged.write_bytes(b"no image")
@@ -266,6 +270,8 @@ def test_ray_data_delivers_what_this_process_would_read(decode: Decode, example:
     assert len(skipped[0]) == 2
     assert skipped[0] == skipped[1]
     assert "Operator" in texts[0]
+    assert len(texts) == (1 if span > 1 else feed.num_chunks) >= 1
+    assert feed.num_chunks > 1
 
     stopping = feed_of(example_job(data, "unused", "schedule.epochs=2"))
     with pytest.raises(InputError, match=f"{damaged.stem}: the image can't be decoded"):
@@ -274,13 +280,16 @@ def test_ray_data_delivers_what_this_process_would_read(decode: Decode, example:
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("decode", ["cluster", "trainer"])
-def test_ray_data_goes_on_in_the_middle_of_an_epoch(decode: Decode, example: Path) -> None:
+def test_ray_data_goes_on_in_the_middle_of_an_epoch(
+    decode: Decode, example: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first chunk ends at the start: one of the two ranks has no row in it."""
     from raysseg.data import stream
 
     job = example_job(str(example), "unused", "data.open_shards=3")
     index, classes = read_index(job.data.train), read_class_map(job.classes)
     index = replace(index.take(np.arange(160) % len(index)), groups=np.arange(160))
+    monkeypatch.setattr(stream, "_SPAN", 1)
     whole = build_feed(job, index, classes, Ledger(1), rank=0, num_workers=2)
     edge = 3 * whole.windows_per_chunk  # files are groups of one, so a window is three
     assert 0 < edge < len(index)
@@ -290,6 +299,16 @@ def test_ray_data_goes_on_in_the_middle_of_an_epoch(decode: Decode, example: Pat
         chunks = stream.iter_chunks(feed, lambda _: None, decode=decode, threads=2)
         seen += [p for step in iter_batches(feed, chunks) for batch in step for p in batch.positions.tolist() if p >= 0]
     assert sorted(seen) == list(range(edge - 1, len(index)))
+
+
+def _double(shared: int, piece: int) -> Iterator[int]:
+    yield shared * piece
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_pieces_than_ray_is_asked_for_at_once() -> None:
+    found = runtime.spread(_double, 2, range(runtime._AT_ONCE + 50), Scaling(workers=2, gpus_per_worker=0))
+    assert sorted(found) == list(range(0, 2 * runtime._AT_ONCE + 100, 2))
 
 
 @pytest.mark.usefixtures("ray_cluster")

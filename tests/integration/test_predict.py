@@ -230,12 +230,13 @@ def test_bad_images_are_skipped_and_listed(
 ) -> None:
     images = tmp_path / "images"
     shutil.copytree(example / "val/images", images)
-    bad = sorted(images.iterdir())[3]
+    bad = sorted(images.iterdir())[8]  # the first one of the second part
     bad.write_bytes(b"none")
     job = job_of(bundle_uris["instance"], {"format": "masks", "images": str(images)}, "coco", str(tmp_path / "out"))
     (tmp_path / "job.yaml").write_text(json.dumps(job))
     assert cli.main(["predict", str(tmp_path / "job.yaml")]) == 2
     assert f"raysseg: {bad.stem}: the image can't be decoded" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("out/parts/*/*")] == [labelling.part_name(0)]  # is not lost
     assert cli.main(["predict", str(tmp_path / "job.yaml"), "data.on_error=skip", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["kind"], result["num_samples"], result["skipped"]) == ("predict", 20, 1)

@@ -187,7 +187,7 @@ BAD_IMAGES = {
     "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, 'begins with b"<svg'),
     "HTML": (b"<!doctype html><script>", 415, "allowed: JPEG, PNG"),
     "pickle": (b"\x80\x04\x95\x0c\x00\x00\x00", 415, "of no kind that is taken"),
-    "GIF": (png(RGB, "GIF", **ANOTHER), 415, "no kind"),
+    "GIF": (png(RGB, "GIF", **ANOTHER), 415, "begins with b'GIF87a2', which"),
     "animated WebP": (png(RGB, "WEBP", **ANOTHER), 415, "several pages"),
     "pages": (png(RGB, "TIFF", **ANOTHER), 415, "several pages"),
     "CMYK": (png(Image.fromarray(RGB).convert("CMYK"), "JPEG"), 415, "mode CMYK"),
@@ -199,6 +199,7 @@ BAD_IMAGES = {
     "a line": (png(RGB[:1]), 422, "is 50x1"),
     "30k x 30k": (BOMB, 413, "too many pixels"),
     "a little too large": (png(Image.new("1", (9000, 9000))), 413, "too many pixels"),
+    "a strip": (png(Image.new("1", (300_000, 8))), 413, "too many pixels"),  # 64 rows of which models see
     "truncated PNG": (png(RGB)[:-200], 422, "truncated"),
     "truncated JPEG": (png(RGB, "JPEG")[:-200], 422, "can't be decoded"),
     "truncated head": (png(RGB)[:20], 415, ""),
@@ -280,6 +281,27 @@ def test_limits_of_bytes(bundles: dict[Task, str], photo: bytes) -> None:
         assert client.post(url, content=iter([boundary, photo, b"\r\n--x--\r\n"]), headers=form).status_code == 413
 
 
+def test_a_model_that_sees_whole_images_bounds_them_itself(bundles: dict[Task, str]) -> None:
+    uri, small, large = bundles["semantic"], png(np.zeros((64, 64, 3), np.uint8)), png(np.zeros((64, 80, 3), np.uint8))
+    models: dict[str, Any] = {
+        "whole": {"bundle": uri, "max_pixels": 64 * 64},
+        "larger": {"bundle": uri, "max_pixels": 64 * 64, "inference": {"scales": [0.5, 2.0]}},
+        "tiled": {"bundle": uri, "max_pixels": 64 * 64, "inference": {"tile": [64, 64]}},
+        "usual": {"bundle": uri},
+    }
+    with TestClient(build_local_app(job_of(models))) as client:
+
+        def ask(name: str, image: bytes) -> Any:
+            return client.post(f"/v1/models/{name}/segment", files={"image": ("a", image)})
+
+        assert [ask(name, small).status_code for name in models] == [200, 413, 200, 200]
+        assert [ask(name, large).status_code for name in models] == [413, 413, 200, 200]
+        assert "would see 80x64 pixels at once; allowed: 4096. Scale" in ask("whole", large).json()["detail"]
+        assert "would see 128x128" in ask("larger", small).json()["detail"]
+        photo = png(Image.new("RGB", (2100, 2000)), "JPEG")
+        assert "allowed: 4000000" in ask("usual", photo).json()["detail"]  # at once, not in a minute
+
+
 def test_the_head_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     http = job_of({"a": {"bundle": "/b"}}).http
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("pixels were decoded"))
@@ -313,6 +335,9 @@ def test_the_token(bundles: dict[Task, str], photo: bytes, monkeypatch: pytest.M
         assert client.post("/v1/models/a/segment", files=files).status_code == 401
         assert client.get("/healthz").status_code == 200
         assert client.get("/").status_code == 200
+        paths = client.get("/openapi.json").json()["paths"]
+        assert paths["/v1/models/{name}/segment"]["post"]["security"] == [{"HTTPBearer": []}]
+        assert "security" not in paths["/healthz"]["get"]
     with TestClient(build_local_app(job), root_path="/street") as client:  # behind a prefix, as Serve mounts it
         assert client.get("/street/v1/models").status_code == 401
         assert client.get("/street/v1/models", headers=allowed).status_code == 200
@@ -417,6 +442,29 @@ def test_pages_load_nothing_from_elsewhere(client: TestClient) -> None:
     assert client.get("/playground/../api.py").status_code == 404
 
 
+def test_what_takes_too_long_is_given_up(
+    bundles: dict[Task, str], photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = threading.Event()
+    predict = Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda *arguments: wait.wait(9) and predict(*arguments))
+    wait.set()
+    with TestClient(
+        build_local_app(job_of({"a": {"bundle": bundles["semantic"]}}, http={"timeout": "1 second"}))
+    ) as client:
+
+        def ask() -> Any:
+            return client.post("/v1/models/a/segment", files={"image": ("a", photo)})
+
+        wait.clear()
+        late = ask()
+        assert late.status_code == 504
+        assert "given up after 1 s" in late.json()["detail"]
+        wait.set()
+        assert ask().status_code == 200
+        assert 'status="504"} 1.0' in client.get("/metrics").text
+
+
 def test_counts(client: TestClient, photo: bytes) -> None:
     client.post("/v1/models/semantic/segment", files={"image": ("a", photo)})
     client.post("/v1/models/nix/segment", files={"image": ("a", photo)})
@@ -433,8 +481,10 @@ def test_the_interface_describes_itself(client: TestClient) -> None:
         "/v1/models",
         *(f"/v1/models/{{name}}{part}" for part in ("", "/segment", "/images", "/prompt", "/everything")),
     }
-    body = paths["/v1/models/{name}/prompt"]["post"]["requestBody"]["content"]["application/json"]
-    assert body["example"]["points"] == [[120, 80], [30, 30]]
+    asked = paths["/v1/models/{name}/prompt"]["post"]
+    assert asked["requestBody"]["content"]["application/json"]["example"]["points"] == [[120, 80], [30, 30]]
+    assert asked["responses"]["422"]["content"]["application/problem+json"]["example"]["status"] == 422
+    assert "security" not in asked  # as no token is asked for
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,15 @@ def test_replicas_of_a_run_that_is_not_followed_stay_with_one_bundle(models: dic
         application = build_app({"name": "x", "models": {"a": served}})
         (segmenter,) = application._bound_deployment.init_args
         assert segmenter._bound_deployment._deployment_config.user_config == {"bundle": str(expected)}
+
+
+def test_the_load_is_reported_more_often_than_it_is_averaged(models: dict[str, str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # as Ray has it otherwise
+        application = build_app({"name": "x", "models": {"a": {"bundle": models["first"], "replicas": [1, 2]}}})
+    (segmenter,) = application._bound_deployment.init_args
+    scaling = segmenter._bound_deployment._deployment_config.autoscaling_config
+    assert scaling.metrics_interval_s < scaling.look_back_period_s
 
 
 def test_an_application_from_its_arguments(models: dict[str, str]) -> None:

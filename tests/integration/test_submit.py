@@ -4,67 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
 
-from benchmarks.serve_sides import free_port
+from benchmarks.commands import free_port
+from benchmarks.nodes import LOOPBACK, TOKEN, Cluster, running
 from raysseg import storage
 from tests.conftest import rows
-
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-32-characters-or-more!"}
 
 
 @pytest.fixture(scope="module")
 def head(s3_server: str) -> Iterator[str]:
     """A head node that wants a token, with the S3 server's address and keys in its environment; its dashboard's URL."""
-    port = free_port()
-    with TemporaryDirectory(prefix="rs-") as folder:  # short: the paths of sockets have a limit
-        ports = {"port": free_port(), "dashboard-port": port, "dashboard-agent-listen-port": free_port()}
-        options = [f"--{name}={value}" for name, value in {**ports, "ray-client-server-port": free_port()}.items()]
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            **TOKEN,
-        }
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", *options]
-        with Path(folder, "log").open("w") as log:
-            ray = subprocess.Popen(
-                [*command, f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/api/version", Path(folder, "log"))
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            ray.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                ray.wait(5)
-            with suppress(ProcessLookupError):
-                os.killpg(ray.pid, signal.SIGKILL)
-
-
-def _wait_for(url: str, log: Path) -> None:
-    headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with suppress(OSError), urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5):
-            return
-        time.sleep(0.5)
-    raise RuntimeError(log.read_text())
+    with (
+        TemporaryDirectory(prefix="rs-") as folder,  # short: the paths of sockets have a limit
+        running(Cluster(LOOPBACK, Path(folder), os.environ), num_cpus=2) as cluster,
+    ):
+        yield cluster.url
 
 
 def submitted(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -119,6 +82,34 @@ def test_a_job_is_sent_followed_and_ends_with_its_own_result(head: str, job: tup
     listed = json.loads(submitted("--list", "--address", head, "--json").stdout)["jobs"]
     (row,) = (row for row in listed if row["id"] == result["id"])
     assert (row["job"], row["status"]) == ("train sent", "SUCCEEDED")
+
+
+def test_a_stopped_job_goes_on_when_it_is_sent_again_by_rays_own_command(head: str, job: tuple[Path, str]) -> None:
+    path, bucket = job
+    where = {"DATA": bucket, "RUNS": f"{bucket}/runs"}
+    sent = submitted(str(path), "schedule.epochs=20", "--address", head, "--no-wait", "--json", **where)
+    job_id = json.loads(sent.stdout)["id"]
+    deadline = time.monotonic() + 200
+    while not storage.exists(f"{bucket}/runs/sent/metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(1)
+    stopped = submitted("--stop", job_id, "--address", head, "--json")
+    assert stopped.returncode == 0, stopped.stderr
+    assert json.loads(stopped.stdout)["status"].startswith(f"{job_id} was stopped")
+    epochs = len(rows(f"{bucket}/runs/sent"))
+    assert 1 <= epochs < 20
+
+    variables = json.dumps({"env_vars": where})
+    rays = ["job", "submit", "--address", head, "--working-dir", str(path.parent), "--runtime-env-json", variables]
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", *rays, "--", "raysseg", "train", path.name, "schedule.epochs=20"],
+        env={**os.environ, **TOKEN},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["epoch"] for row in rows(f"{bucket}/runs/sent")] == list(range(20))
+    assert storage.exists(f"{bucket}/runs/sent/bundle/bundle.json")
 
 
 def test_a_jobs_failure_is_the_commands(head: str, job: tuple[Path, str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.survival import Nodes, Run, count_samples, draw_samples, lineage, losses, write_job
+from benchmarks.survival import Nodes, Run, count_samples, draw_samples, lineage, local_run, losses, write_job
 
 SAMPLES = 60
 EPOCHS = 12
@@ -43,7 +43,7 @@ def start(nodes: Nodes, folder: Path) -> Iterator[Callable[[Path, float], Run]]:
     runs: list[Run] = []
 
     def begin(job: Path, pause_s: float) -> Run:
-        runs.append(Run(job, folder / f"{job.stem}.log", nodes.address, pause_s))
+        runs.append(local_run(job, folder / f"{job.stem}.log", nodes.address, pause_s))
         runs[-1].start()
         return runs[-1]
 

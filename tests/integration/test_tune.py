@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -229,6 +232,27 @@ def test_a_trial_whose_process_dies_too_often_has_failed(example: Path, tmp_path
     assert "died" in trial.user_attrs["reason"]
 
 
+def on_terminal(command: list[str]) -> tuple[subprocess.Popen[bytes], bytearray]:
+    """Starts a command whose stderr is a terminal; what it has written there, so far."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stderr=theirs, env={**os.environ, "COLUMNS": "140", "TERM": "xterm"})
+    os.close(theirs)
+    written = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # with which a terminal ends
+            while True:
+                written.extend(os.read(ours, 4096))
+
+    threading.Thread(target=read, daemon=True).start()
+    return process, written
+
+
+def seen(written: bytearray) -> str:
+    """The text on a terminal, without colours and moves."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode(errors="replace"))
+
+
 def test_a_stopped_and_a_killed_search_go_on(example: Path, tmp_path: Path, ray_cluster: None) -> None:
     """SIGTERM in its first trial, SIGKILL of the driver in its third: no trial runs twice, and none starts anew."""
     job = tune_job(example, str(tmp_path / "runs"), LR, trials=3, epochs=6, concurrent=1)
@@ -247,8 +271,11 @@ def test_a_stopped_and_a_killed_search_go_on(example: Path, tmp_path: Path, ray_
 
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
-    driver = subprocess.Popen([sys.executable, "-m", "raysseg.cli", "tune", str(file)])
+    driver, shown = on_terminal([sys.executable, "-m", "raysseg.cli", "tune", str(file)])
     wait_for(lambda: num_epochs(job, 2) >= 2, 240)
+    wait_for(lambda: "hunt: 2 of 3 trials have ended; best: " in seen(shown), 20)
+    assert re.search(r"│ 2 +│ running +│ [1-6]/6 +│", seen(shown))
+    assert re.search(r"│ 1 +│ complete +│ 6/6 +│ 0\.\d{2,} ", seen(shown))
     driver.kill()
     driver.wait()
     first, second = (storage.read_text(f"{job.run_uri}/trials/{i:04d}/metrics.jsonl") for i in range(2))
@@ -261,6 +288,21 @@ def test_a_stopped_and_a_killed_search_go_on(example: Path, tmp_path: Path, ray_
     trials = study_of(job, tmp_path)
     assert [trial.params for trial in trials] == drawn
     assert all(sorted(trial.intermediate_values) == list(range(1, 7)) for trial in trials)
+
+
+def test_a_time_limit_ends_a_sitting_with_what_was_found(example: Path, tmp_path: Path, ray_cluster: None) -> None:
+    runs = str(tmp_path / "runs")
+    first = tune(tune_job(example, runs, LR, trials=1, epochs=1))
+    job = tune_job(example, runs, LR, trials=99, epochs=1, time_limit="12 seconds")
+    began = time.monotonic()
+    result = tune(job)
+    assert time.monotonic() - began < 60
+    trials = study_of(job, tmp_path)
+    assert first.trials == {"complete": 1}
+    assert len(trials) == sum(result.trials.values()) < 99
+    assert {trial.state for trial in trials[1:]} <= {TrialState.COMPLETE, TrialState.RUNNING}
+    rest = tune(tune_job(example, runs, LR, trials=len(trials), epochs=1))
+    assert rest.trials == {"complete": len(trials)}, "those that the limit ended have gone on"
 
 
 # --- other searches -----------------------------------------------------------------------------------------------
@@ -290,6 +332,43 @@ def placement_groups() -> list[dict[str, Any]]:
     return [group for key, group in table.items() if key.endswith(mine) and group["state"] != "REMOVED"]
 
 
+@contextlib.contextmanager
+def worker_groups_counted() -> Iterator[list[int]]:
+    """How many placement groups of two workers there were, again and again, over the block."""
+    counts: list[int] = []
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.2):
+            counts.append(sum(len(group["bundles"]) == 2 for group in placement_groups()))
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        yield counts
+    finally:
+        is_over.set()
+        looker.join()
+
+
+TWO_WORKERS = ("scaling={workers: 2, cpus_per_worker: 0.5, max_failures: 0}", "optimizer.lr=0.001")
+
+
+def test_a_trial_of_two_workers_that_dies_leaves_its_place_to_the_next(
+    example: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    space = {"optimizer.lr": {"choice": [1e-3, 2e-3]}}
+    job = tune_job(example, str(tmp_path / "runs"), space, *TWO_WORKERS, sampler="grid", epochs=3)
+    with worker_groups_counted() as counts:
+        killer, killed = killed_when(job, 1)
+        result = tune(job)
+        killer.join()
+    assert killed == [1]
+    assert result.trials == {"failed": 1, "complete": 1}
+    assert max(counts) == 1, "the first one's is given back before the second one's"
+    wait_for(lambda: not placement_groups(), 30)
+
+
 def test_trials_of_two_workers_take_turns_and_leave_no_placement_group(
     example: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
@@ -298,22 +377,12 @@ def test_trials_of_two_workers_take_turns_and_leave_no_placement_group(
     overrides = ("scaling={workers: 2, cpus_per_worker: 0.5}", "optimizer.lr=0.001")
     pruning = {"rule": "median", "min_epochs": 1, "first_trials": 1}
     job = tune_job(example, str(tmp_path / "runs"), space, *overrides, sampler="grid", epochs=20, pruning=pruning)
-    most: list[int] = []
-    is_over = threading.Event()
-
-    def look() -> None:
-        while not is_over.wait(0.2):
-            most.append(sum(len(group["bundles"]) == 2 for group in placement_groups()))
-
-    looker = threading.Thread(target=look)
-    looker.start()
-    killer, killed = killed_when(job, 2)
-    result = tune(job)
-    killer.join()
-    is_over.set()
-    looker.join()
+    with worker_groups_counted() as counts:
+        killer, killed = killed_when(job, 2)
+        result = tune(job)
+        killer.join()
     assert killed == [1]
     assert result.trials == {"complete": 1, "pruned": 1}
     assert num_epochs(job, 1) < 20
-    assert max(most) == 1, "one group of workers at a time"
+    assert max(counts) == 1, "one group of workers at a time"
     wait_for(lambda: not placement_groups(), 30)

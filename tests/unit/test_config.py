@@ -153,11 +153,13 @@ def test_each_kind_has_its_class() -> None:
 
 
 @pytest.mark.parametrize(("page", "number", "language", "text"), BLOCKS)
-def test_block_of_the_docs_is_a_job_a_source_or_a_class_list(
+def test_block_of_the_docs_is_a_job_a_source_a_class_list_or_a_policy(
     page: str, number: int, language: str, text: str, tmp_path: Path
 ) -> None:
     content = yaml.safe_load(text)
-    if language == "json":
+    if "Statement" in content:
+        assert content["Version"] == "2012-10-17"  # what it allows: tests/integration/test_policy.py
+    elif language == "json":
         (tmp_path / "classes.json").write_text(text)
         names = ("car", "bus", "truck", "person")
         vocabulary = Vocabulary(tuple(Category(i, name) for i, name in enumerate(names, 1)))

@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -19,8 +19,9 @@ from benchmarks.bench_inspect import COCO_FAULTS, MASK_FAULTS, Copy, Fault, flag
 from raysseg import cli, config
 from raysseg.config import InspectJob
 from raysseg.data.example import EXAMPLE_CLASSES, draw_example
-from raysseg.findings.advice import advise, to_train_job
+from raysseg.findings.advice import START, advise, to_train_job, to_tree
 from raysseg.findings.facts import SampleFacts, perceptual_hash, to_facts
+from raysseg.findings.fingerprint import Fingerprint, read_fingerprint
 from raysseg.findings.kinds import KINDS, Flag, to_findings
 from raysseg.findings.reading import Task, iter_share, open_index
 from raysseg.findings.rules import flag_duplicates, flag_leaks, flag_missing_classes
@@ -98,6 +99,22 @@ def test_page_and_train_job(example: Path, tmp_path: Path, capsys: pytest.Captur
     assert target.read_text().count("#") >= 6
 
 
+def test_fingerprint_is_read_as_it_was_written(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["scaling.workers=0", f"storage={tmp_path}"]
+    job = config.plain_folder(str(example), overrides)
+    assert isinstance(job, InspectJob)
+    assert list(job.splits) == ["train", "val"]
+    assert job.classes == str(example / "classes.json")
+    assert cli.main(["inspect", str(example), *overrides, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    found = read_fingerprint(f"{shown['run']}/fingerprint.json")
+    assert json.loads(json.dumps(asdict(found))) == json.loads(Path(shown["run"], "fingerprint.json").read_text())
+    assert found.data["val"]["masks"] == str(example / "val/masks")
+    assert found.listed == str(example / "classes.json")
+
+
 def test_two_folders_without_a_class_list(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
@@ -119,9 +136,10 @@ def test_rare_and_tiny_classes_are_drawn_more_often() -> None:
     speck = np.zeros((64, 64), np.uint8)
     speck[:4, :4] = 1
     facts = [facts_of(speck if row == 0 else np.zeros((64, 64), np.uint8), "train", row) for row in range(40)]
-    source = config.MasksSource(images="/d/images", masks="/d/masks")
-    job = InspectJob(kind="inspect", name="x", task="semantic", data=source, storage="/d/runs")
-    text = to_train_job(job, advise(summarise("train", facts, CLASSES), []), CLASSES.names)
+    split = summarise("train", facts, CLASSES)
+    data = {"data": to_tree(config.MasksSource(images="/d/images", masks="/d/masks"))}
+    found = Fingerprint("x", "semantic", [], 255, data, list(CLASSES.names), [split], [], advise(split, []))
+    text = to_train_job(found, START, storage="/d/runs")
     train = config.parse(yaml.safe_load(text))
     assert isinstance(train, config.TrainJob)
     assert train.data.oversample == 0.1

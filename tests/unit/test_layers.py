@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from tests.unit.test_recommend import fingerprint
 
 PACKAGE = Path(__file__).parents[2] / "raysseg"
 FLOORS = [  # ground first; a module imports from the floors below its own, or from its own package
@@ -74,6 +78,14 @@ def test_a_job_without_workers_never_loads_ray() -> None:
     stages = "raysseg.train, raysseg.evaluate, raysseg.predict, raysseg.shard, raysseg.fingerprint"
     script = f"import sys, {stages}; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_recommending_by_a_fingerprint_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
+    (tmp_path / "fingerprint.json").write_text(json.dumps(asdict(fingerprint())))
+    arguments = ["recommend", str(tmp_path / "fingerprint.json"), "--write-job", str(tmp_path / "job.yaml")]
+    script = f"import sys; from raysseg import cli; assert cli.main({arguments}) == 0"
+    heavy = "{'torch', 'ray', 'cv2', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"{script}; assert not {heavy}, {heavy}"], check=True, capture_output=True)
 
 
 def test_a_stage_starts_without_the_models_libraries() -> None:

@@ -432,7 +432,7 @@ def test_chunks_wholly_before_the_start_are_none(
         feeds = [feed_of(index, start=Ledger(2, position), rank=r, num_workers=num_workers) for r in range(num_workers)]
         (num_chunks,) = {feed.num_chunks for feed in feeds}
         chunks = [
-            np.sort(np.concatenate([batches.read_chunk(feed, number).positions for feed in feeds]))
+            np.sort(np.concatenate([batches.request_chunk(feed, number).positions for feed in feeds]))
             for number in range(num_chunks)
         ]
         assert np.concatenate(chunks).tolist() == list(range(position, 23))
@@ -501,7 +501,7 @@ def test_parts_end_where_micro_batches_do(folder: str, monkeypatch: pytest.Monke
     for most_rows in (1, 2, 4, 100):
         monkeypatch.setattr(batches, "PART_BYTES", most_rows * row_bytes)
         for number in range(feed.num_chunks):
-            chunk = batches.read_chunk(feed, number)
+            chunk = batches.read_chunk(batches.request_chunk(feed, number))
             parts = [part.positions.tolist() for part in batches.iter_parts(feed, chunk)]
             assert [p for part in parts for p in part] == chunk.positions.tolist()
             assert max(map(len, parts)) <= max(2, most_rows)
@@ -519,7 +519,7 @@ def test_a_run_that_is_over_has_no_chunks(folder: str) -> None:
 def test_augmenting_off_gives_the_top_left_corner(folder: str) -> None:
     index = read_index(source(folder))
     feed = replace(feed_of(index), recipe=replace(RECIPE, augment=None))
-    chunk = batches.decode_chunk(feed, batches.read_chunk(feed, 0))
+    chunk = batches.decode_chunk(feed, batches.read_chunk(batches.request_chunk(feed, 0)))
     rows = epoch_order(index, open_groups=4, seed=3, epoch=0).rows
     for row, position in enumerate(chunk.positions.tolist()):
         with Image.open(f"{folder}/images/{rows[position]:02d}.png") as image:
@@ -619,7 +619,7 @@ def test_bad_sample_stops_and_is_named(damaged: str) -> None:
         feed = feed_of(index.take(np.array([number])))
         feed = replace(feed, index=replace(feed.index, groups=np.zeros(1, np.int64)))
         with pytest.raises(InputError, match=message):
-            batches.decode_chunk(feed, batches.read_chunk(feed, 0))
+            batches.decode_chunk(feed, batches.read_chunk(batches.request_chunk(feed, 0)))
 
 
 def test_evaluation_batches_are_fixed_by_the_index(damaged: str) -> None:

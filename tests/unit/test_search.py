@@ -143,6 +143,21 @@ def test_class_weights_have_mean_1_over_the_classes_that_occur(shape: dict[str, 
     assert study.trials[-1].params.keys() == {f"loss.class_weights.{name}" for name in names}
 
 
+@pytest.mark.parametrize("shape", [{"factors": [0.1, 10]}, {"simplex": True}])
+def test_tables_show_the_weights_that_the_loss_was_given(shape: dict[str, Any], tmp_path: Path) -> None:
+    """And a larger number of Optuna's is a larger weight."""
+    job = tune_job(tmp_path, {"loss.class_weights": shape}, sampler="random")
+    study = open_study(job)
+    draw(study, job)
+    trial, values = draw(study, job)
+    trial.set_user_attr("overrides", values)
+    own, drawn = study.trials
+    settings = search.settings_of(drawn, CLASSES)
+    assert list(settings.values()) == values["loss.class_weights"]
+    assert sorted(settings, key=settings.__getitem__) == sorted(drawn.params, key=drawn.params.__getitem__)
+    assert search.settings_of(own, CLASSES) == {}
+
+
 def test_simplex_is_uniform() -> None:
     """Of three shares each has mean 1/3 and variance 1/18, and is above 1/2 in a quarter of the draws."""
     job = tune_job("/runs", {"loss.class_weights": {"simplex": True}}, sampler="random")
@@ -361,7 +376,7 @@ def test_asha_saves_epochs_and_finds_the_same_best(seed: int, concurrent: int, t
 
 def test_every_trial_trains_min_epochs(tmp_path: Path) -> None:
     for rule in ("median", "asha"):
-        pruning = {"rule": rule, "min_epochs": 3, "first_trials": 2}
+        pruning = {"rule": rule, "min_epochs": 3} | ({"first_trials": 2} if rule == "median" else {})
         job = tune_job(tmp_path / rule, LR, sampler="random", trials=16, pruning=pruning)
         epochs = train_all(job, 1)[1]
         assert min(epochs) == 3
@@ -378,9 +393,16 @@ def test_nobody_is_turned_away_at_the_last_epoch(tmp_path: Path) -> None:
         assert trial.should_prune() is is_pruned
 
 
+def test_pruning_that_comes_after_the_last_epoch_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_study(tune_job(tmp_path, LR, pruning={"min_epochs": 8}))
+    assert caplog.text == ""
+    open_study(tune_job(tmp_path, LR, pruning={"min_epochs": 9}))
+    assert "search.pruning has no effect: a trial has 9 epochs" in caplog.text
+
+
 @pytest.mark.parametrize("rule", ["median", "asha"])
 def test_nan_is_pruned(rule: str, tmp_path: Path) -> None:
-    job = tune_job(tmp_path, LR, pruning={"rule": rule, "first_trials": 1})
+    job = tune_job(tmp_path, LR, pruning={"rule": rule} | ({"first_trials": 1} if rule == "median" else {}))
     study = open_study(job)
     first, _ = draw(study, job)
     first.report(0.5, 1)
@@ -434,6 +456,7 @@ def test_study_opens_with_plain_optuna(tmp_path: Path) -> None:
     log = str(tmp_path / "hunt" / "study.log")
     study = optuna.load_study(study_name="hunt", storage=JournalStorage(JournalFileBackend(log)))
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert study.metric_names == ["val/miou", "latency_ms"]
     assert study.trials[0].params == {"optimizer.lr": 0.001}
     assert study.trials[0].values == [0.5, 3.0]
     assert [path.name for path in (tmp_path / "hunt").iterdir()] == ["study.log"]
@@ -543,7 +566,7 @@ def test_choices_of_lists_are_text_in_tables_and_figures(tmp_path: Path) -> None
     study = open_study(job)
     for value in (0.1, 0.2):
         study.tell(draw(study, job)[0], value)
-    rows = outcome._rows(job, study)
+    rows = outcome._rows(job, study, CLASSES)
     assert [row.params for row in rows] == [{"data.crop": "[512, 512]"}, {"data.crop": "[64, 64]"}]
     assert pq.read_table(outcome._write_table(job, rows))["data.crop"].to_pylist() == ["[512, 512]", "[64, 64]"]
     page = tuning_page.TuningPage("hunt", [tuning_page.Objective("val/miou", "max")], rows, best=(1,))

@@ -174,6 +174,18 @@ NEEDS = "allowed: a mapping with one of uniform, log_uniform, int, choice, expon
             "search.sampler: cma_es takes one objective; take tpe",
         ),
         (
+            {"space": {"optimizer.name": {"choice": ["adamw", "sgd"]}}, "sampler": "cma_es"},
+            "search.sampler: cma_es goes by numbers that every trial has, and the space holds none; take tpe",
+        ),
+        (
+            {"pruning": {"rule": "median", "reduction": 4}},
+            "search.pruning.reduction: has no effect where the rule is median; leave it out",
+        ),
+        (
+            {"pruning": {"first_trials": 2}},
+            "search.pruning.first_trials: has no effect where the rule is asha; leave it out",
+        ),
+        (
             {"time_limit": "3 epochs"},
             'search.time_limit: received "3 epochs"; allowed: a number and its unit, such as `90 seconds`',
         ),

@@ -11,7 +11,8 @@ export function make(tag, { dataset = {}, ...properties } = {}, ...children) {
 /** A number with thin spaces between its thousands. */
 export const toCount = (number) => number.toLocaleString("en").replaceAll(",", "\u202f");
 
-const toPercent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const toPercent = (share) =>
+  share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 
 const toScore = (score) => score.toFixed(2);
 

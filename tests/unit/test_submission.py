@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raysseg import storage
+from raysseg import config, storage
 from raysseg.schema import InputError
 from raysseg.submit import Log, Submission, pack, to_entrypoint
 
+JOB_FILES = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
 SPLIT = {"format": "masks", "images": "${DATA}/images", "masks": "${DATA}/masks"}
 TRAIN = {
     "kind": "train",
@@ -92,6 +93,18 @@ def test_variables_go_along_by_what_the_files_and_the_user_name(jobs: Path, monk
 def test_what_a_cluster_cannot_run_is_refused_before_it_is_sent(jobs: Path, override: str, message: str) -> None:
     with pytest.raises(InputError, match=message), pack(Submission(str(jobs / "train.yaml"), [override])):
         pass
+
+
+@pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.stem)
+def test_every_job_file_can_be_sent_where_its_variables_name_buckets(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in config.files(str(path)):
+        for name in config.variables(Path(file).read_text()):
+            monkeypatch.setenv(name, f"s3://bucket/{name.lower()}/")
+    override = "search.concurrent=1" if config.load(path).kind == "tune" else "scaling.workers=1"
+    with pack(Submission(str(path), [] if config.load(path).kind == "serve" else [override])) as packed:
+        assert packed.job.name in path.read_text()
 
 
 def test_a_search_is_looked_at_with_what_it_trains(jobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
