@@ -17,8 +17,7 @@ import torch
 
 from benchmarks.bench_train import DEVICE
 from benchmarks.results import device_name, write_result
-from raysseg import config
-from raysseg.advice.costs import DTYPES, Sketch, profile, saved_bytes, sketch_targets, tensors_of
+from raysseg.advice.costs import DTYPES, Sketch, bare_job, profile, saved_bytes, sketch_targets, tensors_of
 from raysseg.advice.gpus import GPUS
 from raysseg.advice.plan import MEASURED, Ask, Load, Measured, plan, read_measured
 from raysseg.advice.profiles import COSTS
@@ -45,20 +44,8 @@ GPU_CASES = [  # model, side of the crop, images of a micro-batch
 
 
 def make_job(model: str, task: Task, side: int, per_worker: int = 2, precision: Precision = "fp32") -> TrainJob:
-    """A job that names no data."""
-    nowhere = {"format": "masks", "images": "-", "masks": "-"}
-    raw = {
-        "kind": "train",
-        "name": "plan",
-        "task": task,
-        "classes": [f"class {i}" for i in range(NUM_CLASSES)],
-        "data": {"train": nowhere, "val": nowhere, "crop": [side, side]},
-        "model": {"name": model, "weights": None},
-        "batch": {"global_size": per_worker, "per_worker": per_worker},
-        "precision": precision,
-        "storage": "-",
-    }
-    return config.parse_as(TrainJob, raw)
+    """A job that names no data; see bare_job."""
+    return bare_job(model, task, NUM_CLASSES, (side, side), images=per_worker, precision=precision)
 
 
 def real_models() -> list[str]:
@@ -246,7 +233,8 @@ def main() -> None:
     if options.costs:
         write_costs()
     if options.part == "saved":
-        write_result("plan-saved", device_name(), compare_saved(models, options.side), vars(options))
+        which = "-".join(["plan-saved", *(options.models or [])[:1]])
+        write_result(which, device_name(), compare_saved(models, options.side), vars(options))
     if options.part == "time":
         write_result("plan-time", device_name(), time_plans(models), vars(options))
     if options.part == "speed":

@@ -134,6 +134,8 @@ class Sketch:
             allocator.mark()
             update(self._state, self._job)
             peak = allocator.mark() - start - optimizer
+            if self._on_gpu and self._job.optimizer.name == "sgd":
+                peak += gradients  # there, weight decay makes a copy of them all at once
             self._state.optimizer.zero_grad(set_to_none=True)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         num_trainable = sum(parameter.numel() for parameter in trained)
@@ -177,7 +179,8 @@ class Sketch:
 
         hooks = [module.register_forward_pre_hook(mark) for module in model.modules()]
         hooks += [module.register_forward_hook(mark) for module in model.modules()]
-        hooks += [p.register_post_accumulate_grad_hook(mark) for p in model.parameters() if p.requires_grad]
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            hooks.append(parameter.register_post_accumulate_grad_hook(mark))  # type: ignore[no-untyped-call]
         yield peaks
         mark()
         for hook in hooks:
@@ -255,6 +258,34 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 # --- profiles -----------------------------------------------------------------------------------------------------
 
 
+def bare_job(
+    model: str, task: Task, num_classes: int, size: tuple[int, int], *, images: int = 16, precision: Precision = "auto"
+) -> TrainJob:
+    """A job from scratch with the settings of the model's authors, which names no data.
+
+    Args:
+        model: a name of raysseg.catalogue.MODELS.
+        task: that it is trained for.
+        num_classes: of the data.
+        size: (height, width) of crops.
+        images: of the global batch, in one pass of one worker.
+        precision: of the passes.
+    """
+    nowhere = {"format": "masks", "images": "-", "masks": "-"}
+    raw = {
+        "kind": "train",
+        "name": "bare",
+        "task": task,
+        "classes": [f"class {i}" for i in range(num_classes)],
+        "data": {"train": nowhere, "val": nowhere, "crop": list(size)},
+        "model": {"name": model, "weights": None},
+        "batch": {"global_size": images, "per_worker": images},
+        "precision": precision,
+        "storage": "-",
+    }
+    return config.parse_as(TrainJob, raw)
+
+
 def profile(model: str, task: Task, num_classes: int, size: tuple[int, int], precision: Precision = "bf16") -> Profile:
     """What training takes on a GPU, from scratch, with the settings of the model's authors.
 
@@ -265,17 +296,7 @@ def profile(model: str, task: Task, num_classes: int, size: tuple[int, int], pre
         size: (height, width) of crops.
         precision: auto is bf16.
     """
-    nowhere = {"format": "masks", "images": "-", "masks": "-"}
-    raw = {
-        "kind": "train",
-        "name": "profile",
-        "task": task,
-        "classes": [f"class {i}" for i in range(num_classes)],
-        "data": {"train": nowhere, "val": nowhere, "crop": list(size)},
-        "model": {"name": model, "weights": None},
-        "storage": "-",
-    }
-    job = config.parse_as(TrainJob, raw)
+    job = bare_job(model, task, num_classes, size)
     dtype = DTYPES["bf16" if precision == "auto" else precision]
     sketch = Sketch(job, read_class_map(job.classes), dtype, on_gpu=True)
     few, many = sketch.run(2), sketch.run(3)

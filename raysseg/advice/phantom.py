@@ -150,14 +150,12 @@ class Phantoms(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*_mapped(_seen, inner), **{name: _mapped(_seen, value) for name, value in named.items()})
         else:
             result = None if kind.changes else self._outlined(kind, inner, named)
-        if kind.changes:
-            return args[0] if func._schema.returns else None
-        made = list[Tensor]()
-        wrapped = self._wrapped(result, made)
+        made = [tensors[0]] if kind.changes and tensors else list[Tensor]()
+        wrapped = args[0] if kind.changes else self._wrapped(result, made)
         if not kind.is_view:
             self.launches += 1
             self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *made))
-        return wrapped
+        return wrapped if func._schema.returns else None
 
     def _wrapped(self, result: Any, made: list[Tensor]) -> Any:
         """The result with phantoms of its tensors, which are added to those made."""
@@ -173,10 +171,6 @@ class Phantoms(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Phantom) and tensor.is_floating_point():
                     tensor.held = _outline(tensor.held)
                     tensor.block = self.allocator.block_of(tensor.held)
-
-    def known(self, tensor: Tensor) -> Tensor:
-        """A phantom with the contents of a tensor on the CPU."""
-        return Phantom(tensor, self.allocator.block_of(tensor))
 
     def _is_followed(self, kind: _Kind, args: Any, tensors: Sequence[Tensor]) -> bool:
         """Whether the contents of the result are computed."""
@@ -245,7 +239,7 @@ def _kind_of(func: Any) -> _Kind:
     return _Kind(
         func,
         changes=changes,
-        is_view=any(output.alias_info is not None for output in returns),
+        is_view=not changes and any(output.alias_info is not None for output in returns),
         is_placed=any(argument.name == "device" for argument in arguments),
         is_heavy=func._overloadpacket in _HEAVY,
         sized=_SIZED.get(func),

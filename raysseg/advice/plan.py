@@ -225,7 +225,10 @@ def plan(job: TrainJob, ask: Ask) -> PlanResult:
 
 
 def _wanted(ask: Ask) -> list[tuple[Gpu | None, int]]:
-    """The GPUs to plan for, and the bytes that a job can have of each."""
+    """The GPUs to plan for, and the bytes that a job can have of each; raises InputError for what can't be."""
+    for option, number in (("--workers", ask.workers), ("--price", ask.price)):
+        if number is not None and number <= 0:
+            raise InputError(f"{option}: received {number}; allowed: numbers above 0")
     memory = None
     if ask.memory is not None:
         text = ask.memory if any(letter.isalpha() for letter in ask.memory) else f"{ask.memory}GiB"

@@ -219,6 +219,7 @@ def test_a_plan_of_real_data_and_of_a_search(example: Path, capsys: pytest.Captu
     ("arguments", "expected"),
     [
         (["--gpu", "A10H"], "--gpu: received A10H; known: T4, V100, L4, A10G"),
+        (["--workers", "0"], "--workers: received 0; allowed: numbers above 0"),
         (["--memory", "lots"], "--memory: received 'lots'; allowed"),
         (["batch.per_worker=0"], "batch.per_worker: received 0; allowed: numbers from 1 on, or auto"),
     ],
