@@ -191,7 +191,7 @@ class Phantoms(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = (kind.func, _to_key(args), _to_key(tuple(kwargs.items())))
         if (known := self._results.get(key)) is not None:
             self.flops += known.flops
-            return _mapped(torch.empty_like, known.result)
+            return _mapped(_blank, known.result)
         if kind.is_placed:
             kwargs = {**kwargs, "device": "meta"}
         args = _mapped(_outline, args)
@@ -200,7 +200,7 @@ class Phantoms(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops = _flops(kind.func, args, kwargs, result) if kind.is_heavy else 0
         self.flops += flops
         if not kind.is_view and kind.func is not aten._unsafe_view.default:
-            self._results[key] = _Known(_mapped(torch.empty_like, result), flops)
+            self._results[key] = _Known(_mapped(_blank, result), flops)
         return result
 
 
@@ -292,8 +292,11 @@ def _seen(inner: Tensor) -> Tensor:
 
 def _outline(inner: Tensor) -> Tensor:
     """On the meta device."""
-    if inner.is_meta:
-        return inner
+    return inner if inner.is_meta else _blank(inner)
+
+
+def _blank(inner: Tensor) -> Tensor:
+    """Another one of this outline, on the meta device."""
     return torch.empty_strided(inner.shape, inner.stride(), dtype=inner.dtype, device="meta")
 
 

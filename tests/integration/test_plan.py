@@ -157,7 +157,8 @@ def test_costs_cover_all_models_and_are_what_the_command_writes() -> None:
     costs = read_costs()
     assert {name: tuple(tasks) for name, tasks in costs.items()} == {name: MODELS[name].tasks for name in real_models()}
     for name, task in (("segformer-b0", "semantic"), ("maskrcnn-resnet50-fpn", "instance"), ("eomt-small", "panoptic")):
-        assert asdict(costs[name][task]) == cost_row(name, task)  # type: ignore[arg-type]
+        found = cost_row(name, task)  # type: ignore[arg-type]
+        assert asdict(costs[name][task]) == pytest.approx(found, rel=0.01)  # Mask R-CNN draws its samples
 
 
 def test_what_was_measured_wins_over_an_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
