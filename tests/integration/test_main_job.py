@@ -301,13 +301,14 @@ def test_ray_data_goes_on_in_the_middle_of_an_epoch(
     assert sorted(seen) == list(range(edge - 1, len(index)))
 
 
-def _double(shared: int, piece: int) -> Iterator[int]:
-    yield shared * piece
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_more_pieces_than_ray_is_asked_for_at_once() -> None:
-    found = runtime.spread(_double, 2, range(runtime._AT_ONCE + 50), Scaling(workers=2, gpus_per_worker=0))
+    def multiply(
+        shared: int, piece: int
+    ) -> Iterator[int]:  # here, so that it goes along: workers don't know this module
+        yield shared * piece
+
+    found = runtime.spread(multiply, 2, range(runtime._AT_ONCE + 50), Scaling(workers=2, gpus_per_worker=0))
     assert sorted(found) == list(range(0, 2 * runtime._AT_ONCE + 100, 2))
 
 
