@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from raysseg import bundle as bundles
 from raysseg import checkpoint, standing, storage
-from raysseg.advice.plan import choose_per_worker
 from raysseg.bundle import Bundle, Preprocessing
 from raysseg.config import AUTO, Scaling, TrainJob
 from raysseg.data.batches import Batch, Feed, build_feed, iter_batches, iter_pairs, read_ids
@@ -193,6 +192,8 @@ def _with_room(plan: Plan, num_workers: int, device: torch.device, dtype: torch.
     found: list[Any] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         if standing.per_worker(job) == AUTO:
+            from raysseg.advice.plan import choose_per_worker  # brings triton along
+
             images = choose_per_worker(job, plan.classes, dtype, min(memory), num_workers)
             logger.info("batch.per_worker: auto is %d here", images)
             standing.write_per_worker(job, AUTO, images, "as many as memory should hold")
