@@ -48,6 +48,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_inspect
 	$(BIN)/python -m benchmarks.bench_balance --epochs 8 --passes 8
 	$(BIN)/python -m benchmarks.bench_ceilings
+	$(BIN)/python -m benchmarks.bench_plan --part saved
+	$(BIN)/python -m benchmarks.bench_predict
 	$(BIN)/python -m benchmarks.bench_serve
 	$(BIN)/python -m benchmarks.bench_scale
 
