@@ -354,6 +354,7 @@ def worker_groups_counted() -> Iterator[list[int]]:
 TWO_WORKERS = ("scaling={workers: 2, cpus_per_worker: 0.5, max_failures: 0}", "optimizer.lr=0.001")
 
 
+@pytest.mark.slow
 def test_a_trial_of_two_workers_that_dies_leaves_its_place_to_the_next(
     example: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
