@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from raysseg import bundle as bundles
 from raysseg import checkpoint, storage
@@ -110,27 +110,36 @@ def has_stalled(job: TrainJob, history: History) -> bool:
     return since >= rule.patience
 
 
+class Room(NamedTuple):
+    """What is known of a worker's memory.
+
+    Attributes:
+        per_worker: images a forward pass: as the job says, or as it was found to fit; AUTO where it is not found yet.
+        was_halved: whether memory ran out with as many as the job asks for.
+    """
+
+    per_worker: int
+    was_halved: bool
+
+
 def per_worker(job: TrainJob) -> int:
-    """Images a worker's forward pass: as the job says, or as it was found to fit; AUTO where it is not found yet."""
-    return int(_found_per_worker(job).get("per_worker", job.batch.per_worker))
+    """Images a worker's forward pass; see Room."""
+    return read_room(job).per_worker
 
 
-def was_halved(job: TrainJob) -> bool:
-    """Whether memory ran out with as many images a forward pass as the job asks for."""
-    return _found_per_worker(job).get("because") == OUT_OF_MEMORY
+def read_room(job: TrainJob) -> Room:
+    """What was found for as many images as the job asks for."""
+    uri = storage.join(job.run_uri, "per_worker.json")
+    found: dict[str, Any] = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+    if found.get("asked") != job.batch.per_worker:
+        return Room(job.batch.per_worker, was_halved=False)
+    return Room(int(found["per_worker"]), was_halved=found["because"] == OUT_OF_MEMORY)
 
 
 def write_per_worker(job: TrainJob, asked: int, images: int, because: str) -> None:
     """Sets the images of a worker's forward pass for as long as the job asks for so many."""
     content = {"asked": asked, "per_worker": images, "because": because}
     storage.write_text(storage.join(job.run_uri, "per_worker.json"), json.dumps(content))
-
-
-def _found_per_worker(job: TrainJob) -> dict[str, Any]:
-    """What was found for what the job asks for."""
-    uri = storage.join(job.run_uri, "per_worker.json")
-    found: dict[str, Any] = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
-    return found if found.get("asked") == job.batch.per_worker else {}
 
 
 def read_best(job: TrainJob) -> dict[str, Any]:

@@ -184,20 +184,18 @@ def _follow(
 
 def _with_room(plan: Plan, num_workers: int, device: torch.device, dtype: torch.dtype) -> tuple[Plan, bool]:
     """The plan with as many images a forward pass as were found to fit, and whether memory has run out with more."""
-    job, memory = plan.job, [free_memory(device, plan.job.scaling)]
-    if num_workers > 1:
-        gathered: list[Any] = [None] * num_workers
-        dist.all_gather_object(gathered, memory[0])
-        memory = gathered
+    job = plan.job
+    memory = _least_memory(device, job.scaling, num_workers) if job.batch.per_worker == AUTO else math.inf
     found: list[Any] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        if standing.per_worker(job) == AUTO:
+        found = [standing.read_room(job)]
+        if found[0].per_worker == AUTO:
             from raysseg.advice.plan import choose_per_worker  # brings triton along
 
-            images = choose_per_worker(job, plan.classes, dtype, min(memory), num_workers)
+            images = choose_per_worker(job, plan.classes, dtype, memory, num_workers)
             logger.info("batch.per_worker: auto is %d here", images)
             standing.write_per_worker(job, AUTO, images, "as many as memory should hold")
-        found = [(standing.per_worker(job), standing.was_halved(job))]
+            found = [standing.Room(images, was_halved=False)]
     if num_workers > 1:
         dist.broadcast_object_list(found)
     images, was_halved = found[0]
@@ -205,6 +203,16 @@ def _with_room(plan: Plan, num_workers: int, device: torch.device, dtype: torch.
         return plan, was_halved
     batch = job.batch.model_copy(update={"per_worker": images})
     return replace(plan, job=job.model_copy(update={"batch": batch})), was_halved
+
+
+def _least_memory(device: torch.device, scaling: Scaling, num_workers: int) -> float:
+    """Bytes that every worker can have; all of them must call it."""
+    own = free_memory(device, scaling)
+    if num_workers == 1:
+        return own
+    gathered: list[Any] = [None] * num_workers
+    dist.all_gather_object(gathered, own)
+    return float(min(gathered))
 
 
 def free_memory(device: torch.device, scaling: Scaling) -> float:
