@@ -14,15 +14,13 @@ import torch
 
 from benchmarks.results import device_name, print_rows, write_result
 from raysseg.advice.costs import profile
-from raysseg.advice.estimates import image_bytes
 from raysseg.advice.phantom import Phantoms, gpu_rules
-from raysseg.advice.profiles import EXTENTS, read_costs, read_extents
+from raysseg.advice.profiles import EXTENTS, SIZE, bytes_per_image, read_costs, read_extents
 from raysseg.catalogue import MODELS
 from raysseg.config import Inference, Model
 from raysseg.data import read_class_map
 from raysseg.models import outline_model
 
-SIZE = (512, 512)
 CLASSES = read_class_map([f"class {i}" for i in range(21)])
 
 
@@ -59,7 +57,7 @@ def deviations(name: str) -> dict[str, str | float]:
     known = read_costs()[name][task]
     for size in ((352, 480), (768, 768)):
         real = profile(name, task, len(CLASSES), size)
-        estimate = known.bytes_fixed + 4 * image_bytes(known, read_extents()[name], size)
+        estimate = known.bytes_fixed + 4 * bytes_per_image(known, read_extents()[name], size)
         found[f"{size[0]}x{size[1]}"] = estimate / (real.bytes_fixed + 4 * real.bytes_per_image) - 1
     return found
 

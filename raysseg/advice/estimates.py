@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raysseg.advice.gpus import BANDWIDTH, CONTEXT, EFFICIENCY, SLACK, WORKSPACE, Gpu, find_gpu
-from raysseg.advice.profiles import Extent, Profile, read_costs, read_extents
+from raysseg.advice.profiles import SIZE, Extent, Profile, area, bytes_per_image, read_costs, read_extents
 from raysseg.advice.situation import Ask
 from raysseg.findings.fingerprint import Fingerprint
 
-SIZE = (512, 512)  # pixels: of the table, and presumed where no data say otherwise
 GPU = "A10G"  # for latency, where none is named
 RESERVED = CONTEXT + WORKSPACE  # bytes of a GPU that no job has
 STEP, LEAST_SIDE = 32, 64  # of crops, in pixels
@@ -80,14 +79,6 @@ def gpu_of(ask: Ask) -> Gpu | None:
     return find_gpu(ask.gpu or GPU)
 
 
-def image_bytes(profile: Profile, extent: Extent, size: tuple[int, int]) -> int:
-    """Bytes of training for each crop of a batch: between the sizes that are known they grow with the pixels."""
-    known = ((256, extent.bytes_per_image_256), (512, profile.bytes_per_image), (1024, extent.bytes_per_image_1024))
-    (low, least), (high, most) = known[:2] if _area(size) < _area(SIZE) else known[1:]
-    slope = (most - least) / (high**2 - low**2)
-    return max(1, round(least + slope * (_area(size) - low**2)))
-
-
 def _estimate(
     profile: Profile, extent: Extent, crop: tuple[int, int], size: tuple[int, int], memory: int | None, gpu: Gpu | None
 ) -> Cost:
@@ -97,17 +88,17 @@ def _estimate(
         parameters=profile.parameters,
         flops=extent.prediction_flops,
         fixed_bytes=profile.bytes_fixed,
-        image_bytes=image_bytes(profile, extent, crop),
+        image_bytes=bytes_per_image(profile, extent, crop),
         batch=batch,
         smaller=_smaller(profile, extent, crop, memory) if memory is not None and batch == 0 else None,
         size=size,
-        latency_s=None if gpu is None else _latency(extent, gpu) * _area(size) / _area(SIZE),
+        latency_s=None if gpu is None else _latency(extent, gpu) * area(size) / area(SIZE),
     )
 
 
 def _num_fitting(profile: Profile, extent: Extent, crop: tuple[int, int], memory: int) -> int:
     """Crops of a batch that fit into so many bytes, MOST at most."""
-    room = (memory - RESERVED - profile.bytes_fixed) / ((1 + SLACK) * image_bytes(profile, extent, crop))
+    room = (memory - RESERVED - profile.bytes_fixed) / ((1 + SLACK) * bytes_per_image(profile, extent, crop))
     return max(0, min(MOST, int(room)))
 
 
@@ -128,10 +119,6 @@ def _latency(extent: Extent, gpu: Gpu) -> float:
     traffic = extent.prediction_traffic * (1 if gpu.has_bf16 else 2)
     by_flops = extent.prediction_flops / (rate * 1e12 * math.sqrt(math.prod(EFFICIENCY)))  # in between
     return max(by_flops, traffic / (gpu.bandwidth * 1e9 * math.sqrt(math.prod(BANDWIDTH))))
-
-
-def _area(size: tuple[int, int]) -> int:
-    return size[0] * size[1]
 
 
 def _crop_of(found: Fingerprint | None) -> tuple[int, int]:

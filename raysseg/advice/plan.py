@@ -13,7 +13,7 @@ import torch
 from raysseg.advice.amounts import in_gib, to_bytes
 from raysseg.advice.costs import DTYPES, Pass, Sketch, peak_of
 from raysseg.advice.gpus import BANDWIDTH, CONTEXT, EFFICIENCY, GPUS, SLACK, WORKSPACE, Gpu, find_gpu
-from raysseg.advice.profiles import read_costs
+from raysseg.advice.profiles import bytes_per_image, read_costs, read_extents
 from raysseg.catalogue import MODELS
 from raysseg.config import AUTO, Precision, TrainJob
 from raysseg.data import read_class_map, read_images, read_index
@@ -489,9 +489,7 @@ def _too_small(planner: Planner, choice: Choice) -> str:
 
 def _mends(planner: Planner, choice: Choice) -> Iterator[str]:
     """Changes that make one image fit, each with what it comes to."""
-    job = planner.job
-
-    for what, changed, precision in _changes(job, choice):
+    for what, changed, precision in _changes(planner.job, choice):
         need = planner.memory(Load(changed, planner.classes, DTYPES[precision]), 1).total
         if need <= choice.usable:
             yield f"set {what}: {in_gib(need)}"
@@ -518,10 +516,9 @@ def _changes(job: TrainJob, choice: Choice) -> Iterator[tuple[str, TrainJob, Pre
 
 def _smaller_models(job: TrainJob, usable: int) -> list[str]:
     """Models for the same task that take less than a job can have, by their profiles; at most three, the largest."""
-    height, width = job.data.crop
-    scale = height * width / 512**2
+    extents = read_extents()
     needs = {
-        name: profile.bytes_fixed + scale * profile.bytes_per_image + WORKSPACE
+        name: profile.bytes_fixed + bytes_per_image(profile, extents[name], job.data.crop) + WORKSPACE
         for name, tasks in read_costs().items()
         if (profile := tasks.get(job.task)) is not None and name != job.model.name
     }

@@ -10,6 +10,8 @@ from pathlib import Path
 COSTS = Path(__file__).parent / "costs.json"
 EXTENTS = Path(__file__).parent / "extents.json"
 
+SIZE = (512, 512)  # pixels: of the tables, and presumed where no data say otherwise
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -65,3 +67,16 @@ class Extent:
 def read_extents() -> dict[str, Extent]:
     """The extent of each model of `read_costs`, of 21 classes and in bf16; `python -m benchmarks.bench_extents`."""
     return {model: Extent(**row) for model, row in json.loads(EXTENTS.read_text()).items()}
+
+
+def bytes_per_image(profile: Profile, extent: Extent, size: tuple[int, int]) -> int:
+    """Bytes of training for each crop of a batch: between the sizes that are known they grow with the pixels."""
+    known = ((256, extent.bytes_per_image_256), (512, profile.bytes_per_image), (1024, extent.bytes_per_image_1024))
+    (low, least), (high, most) = known[:2] if area(size) < area(SIZE) else known[1:]
+    slope = (most - least) / (high**2 - low**2)
+    return max(1, round(least + slope * (area(size) - low**2)))
+
+
+def area(size: tuple[int, int]) -> int:
+    """Pixels of a (height, width)."""
+    return size[0] * size[1]

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysseg.advice.amounts import in_gib
-from raysseg.advice.estimates import GPU, SIZE, Cost, estimate_costs, memory_of
+from raysseg.advice.estimates import GPU, Cost, estimate_costs, memory_of
 from raysseg.advice.guidance import KINDS, Guidance, Kind, Remark, read_guidance
+from raysseg.advice.profiles import SIZE
 from raysseg.advice.situation import DATA_KINDS, Ask, choose_task, situation_of
 from raysseg.catalogue import MODELS, PROMPT_MODELS
 from raysseg.findings.fingerprint import Fingerprint
